@@ -1,0 +1,119 @@
+"""Attention as one operator, registered under transformers' own attention interface.
+
+With a cache it becomes GroupQueryAttention, without one MultiHeadAttention. Anything that the operators cannot say
+(an unusual mask, a bias, sinks) raises FormMismatch and the exporter falls back to the model's own attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gemini.export.trace_state import FormMismatch, RotaryTables, TraceState, current_trace
+from gemini.export.twins.cache import GraphCache
+from gemini.export.twins.mask import MaskMeaning, read_mask
+from gemini.export.twins.operators import CONTRIB, emit, emit_many
+
+NAME = "gemini_edge"
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: MaskMeaning | torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **other: Any,
+) -> tuple[torch.Tensor, None]:
+    """query (B, H, S, D), key and value (B, H_kv, S, D) float32 -> (B, S, H, D)."""
+    state = current_trace()
+    unsupported = sorted(n for n in ("position_bias", "s_aux", "attention_bias") if other.get(n) is not None)
+    if unsupported:
+        raise FormMismatch(f"attention with {', '.join(unsupported)}")
+    if isinstance(mask, torch.Tensor):
+        raise FormMismatch("the model fills its own attention mask")
+    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    cache = state.cache
+    layer = None if cache is None else cache.take_updated()
+    if cache is not None and layer is not None:
+        return _grouped(state, cache, layer, query, key, value, mask, scale, softcap), None
+    causal = mask.causal if mask is not None else bool(other.get("is_causal") or False)
+    return _multi_head(state, query, key, value, mask, scale, softcap, causal), None
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, S, D) -> (B, S, H * D)."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+def _grouped(
+    state: TraceState,
+    cache: GraphCache,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: MaskMeaning | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    batch, heads, length, dim = query.shape
+    if mask is not None and not mask.causal:
+        raise FormMismatch("cached attention that is not causal")
+    if value.shape[-1] != dim:
+        raise FormMismatch("keys and values of different widths")
+    rotary: RotaryTables | None = state.take_rotary()
+    attributes: dict[str, Any] = {
+        "num_heads": heads,
+        "kv_num_heads": key.shape[1],
+        "scale": scale,
+        "do_rotary": int(rotary is not None),
+    }
+    if softcap:
+        attributes["softcap"] = float(softcap)
+    if mask is not None and mask.window:
+        attributes["local_window_size"] = mask.window
+    inputs = [_flat(query), _flat(key), _flat(value), *cache.past[layer], cache.seqlens, cache.total]
+    if rotary is not None:
+        attributes["rotary_interleaved"] = int(rotary.interleaved)
+        inputs += [rotary.cos, rotary.sin]
+    present = (batch, key.shape[1], cache.past_length + length, dim)
+    output, keys, values = emit_many(
+        f"{CONTRIB}::GroupQueryAttention", inputs, attributes, ((batch, length, heads * dim), present, present)
+    )
+    cache.present[layer] = (keys, values)
+    return output.view(batch, length, heads, dim)
+
+
+def _multi_head(
+    state: TraceState,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: MaskMeaning | None,
+    scale: float,
+    softcap: float | None,
+    causal: bool,
+) -> torch.Tensor:
+    batch, heads, length, dim = query.shape
+    if state.pending_rotary is not None or softcap or (mask is not None and mask.window):
+        raise FormMismatch("attention without a cache that rotates, caps or windows")
+    if value.shape[-1] != dim:
+        raise FormMismatch("keys and values of different widths")
+    if key.shape[1] != heads:
+        key, value = (x.repeat_interleave(heads // key.shape[1], 1) for x in (key, value))
+    padding = None if mask is None or mask.padding is None else mask.padding.to(torch.int32)
+    attributes = {"num_heads": heads, "scale": scale, "unidirectional": int(causal)}
+    inputs = (_flat(query), _flat(key), _flat(value), None, padding)
+    output = emit(f"{CONTRIB}::MultiHeadAttention", inputs, attributes, (batch, length, heads * dim))
+    return output.view(batch, length, heads, dim)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, read_mask)

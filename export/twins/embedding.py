@@ -1,0 +1,37 @@
+"""Quantized token embeddings: GatherBlockQuantized reads only the rows of the tokens at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gemini.compress.modules import QuantizedEmbedding
+from gemini.export.twins.operators import CONTRIB, emit
+
+
+class EmbeddingTwin(nn.Module):
+    """GatherBlockQuantized over a (vocabulary, dim * bits / 8) uint8 table, the same bytes as a tied head's."""
+
+    def __init__(self, table: QuantizedEmbedding) -> None:
+        super().__init__()
+        self.register_buffer("data", table.qweight.reshape(table.num_embeddings, -1))
+        self.register_buffer("scales", table.scales)
+        self.register_buffer("zero_points", table.zero_points)
+        self.dim = table.embedding_dim
+        self.scale_by = table.scale_by
+        self.attributes = {
+            "bits": table.bits,
+            "block_size": table.block_size,
+            "gather_axis": 0,
+            "quantize_axis": 1,
+        }
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        inputs = (self.data, ids, self.scales, self.zero_points)
+        rows = emit(f"{CONTRIB}::GatherBlockQuantized", inputs, self.attributes, (*ids.shape, self.dim))
+        return rows if self.scale_by is None else rows * self.scale_by
+
+
+def as_embedding(module: nn.Module) -> EmbeddingTwin | None:
+    """The twin of a quantized embedding; None for anything else (a float32 table traces to Gather)."""
+    return EmbeddingTwin(module) if isinstance(module, QuantizedEmbedding) else None

@@ -1,0 +1,196 @@
+"""Compare an exported graph with the torch module that it came from.
+
+The graph runs in float32 arithmetic (see float_compute) with onnxruntime and numpy feeds, over the shapes that
+serving meets: prefill of unequal rows, several decode steps, a chunk of one sequence, one token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemini.errors import VerificationError
+from gemini.export.forms import Form
+from gemini.export.graphs import LayerShape, sample_inputs
+from gemini.model.checkpoint import Checkpoint
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+# Largest difference of logits allowed, relative to the largest logit (at least 1): float32 sums in another order
+# over a few dozen layers differ by some 1e-5; every real mistake that we have met was above 1e-2.
+TOLERANCE = 1e-3
+STEPS = 3
+GREEDY = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: largest absolute difference of logits, and the largest logit for scale."""
+
+    name: str
+    batch: int
+    past: int
+    new: int
+    difference: float
+    magnitude: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= TOLERANCE * max(1.0, self.magnitude)  # false for NaN
+
+
+@dataclass
+class Verification:
+    """What was compared; goes into the manifest."""
+
+    form: str
+    tolerance: float = TOLERANCE
+    cases: list[Case] = field(default_factory=list)
+    greedy_tokens: int = 0
+
+    @property
+    def largest_difference(self) -> float:
+        return max((case.difference for case in self.cases), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "largest_difference": self.largest_difference}
+
+    def record(self, name: str, shape: tuple[int, int, int], actual: np.ndarray, expected: np.ndarray) -> None:
+        """Add a case; VerificationError if it is out of tolerance."""
+        difference = float(np.abs(actual - expected).max())
+        case = Case(name, *shape, difference, float(np.abs(expected).max()))
+        self.cases.append(case)
+        if not case.passed:
+            raise VerificationError(
+                f"The graph differs from torch by {difference:.3g} in {name} (batch, past, new = {shape}).",
+                "This form of the model is wrong; please report the architecture.",
+            )
+
+
+def open_graph(path: Path) -> Any:
+    """An onnxruntime session for a graph under test, on CPU with every core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Prepacking for three short runs costs more than it saves, and doubles the memory.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def verify_decoder(path: Path, checkpoint: Checkpoint, form: Form, layers: list[LayerShape]) -> Verification:
+    """Prefill (ragged if the form allows), decode steps, a chunk, greedy tokens."""
+    verification = Verification(str(form))
+    session = open_graph(path)
+    ids = sample_inputs(checkpoint, batch=3, length=12)["input_ids"].numpy()
+    expected = [_torch_logits(checkpoint, row) for row in ids]
+    lengths = [9, 5, 1] if form.shared_cache else [9, 9, 9]
+
+    run = _Run(session, form, layers, batch=3, capacity=ids.shape[1])
+    logits = run(ids[:, : max(lengths)], lengths)
+    for row, length in enumerate(lengths):
+        name = f"prefill, row {row} of {length} tokens"
+        verification.record(name, (3, 0, max(lengths)), logits[row, :length], expected[row][:length])
+    for step in range(STEPS):
+        at = [length + step for length in lengths]
+        logits = run(np.stack([ids[r, a : a + 1] for r, a in enumerate(at)]), [a + 1 for a in at])
+        reference = np.stack([expected[r][a : a + 1] for r, a in enumerate(at)])
+        verification.record(f"decode step {step}", (3, at[0], 1), logits, reference)
+
+    run = _Run(session, form, layers, batch=1, capacity=ids.shape[1] + GREEDY)
+    logits = run(ids[:1, :7], [7])
+    verification.record("prefill of one row", (1, 0, 7), logits[0], expected[0][:7])
+    logits = run(ids[:1, 7:], [ids.shape[1]])
+    verification.record("chunk of one row", (1, 7, 5), logits[0], expected[0][7:])
+    verification.greedy_tokens = _verify_greedy(run, checkpoint, ids[0], logits[0, -1])
+    return verification
+
+
+def _verify_greedy(run: _Run, checkpoint: Checkpoint, prompt: np.ndarray, logits: np.ndarray) -> int:
+    """Generate with the graph, then let torch score the whole text: its best token must be the same everywhere."""
+    tokens = list(prompt)
+    for _ in range(GREEDY):
+        tokens.append(int(logits.argmax()))
+        logits = run(np.array([tokens[-1:]]), [len(tokens)])[0, -1]
+    reference = _torch_logits(checkpoint, np.array(tokens))[len(prompt) - 1 : -1]
+    chosen = np.array(tokens[len(prompt) :])
+    margin = reference.max(-1) - reference[np.arange(GREEDY), chosen]
+    if (margin > TOLERANCE * max(1.0, float(np.abs(reference).max()))).any():
+        raise VerificationError(
+            "Greedy generation with the graph leaves the tokens that torch prefers.",
+            "This form of the model is wrong; please report the architecture.",
+        )
+    return GREEDY
+
+
+class _Run:
+    """Feeds a decoder graph the way the runtime does, with plain arrays."""
+
+    def __init__(self, session: Any, form: Form, layers: list[LayerShape], batch: int, capacity: int) -> None:
+        self.session, self.form = session, form
+        past = capacity if form.shared_cache else 0
+        self.cache = {
+            f"past.{i}.{part}": np.zeros((batch, layer.kv_heads, past, width), np.float32)
+            for i, layer in enumerate(layers)
+            for part, width in (("key", layer.key_dim), ("value", layer.value_dim))
+        }
+        self.outputs = [output.name for output in session.get_outputs()]
+
+    def __call__(self, ids: np.ndarray, lengths: list[int]) -> np.ndarray:
+        batch, new = ids.shape
+        feeds = {
+            "input_ids": ids.astype(np.int64),
+            "seqlens_k": np.array(lengths, np.int32) - 1,
+            "total_sequence_length": np.array(max(lengths), np.int32),
+            "logit_positions": np.tile(np.arange(new), (batch, 1)),
+        }
+        results = dict(zip(self.outputs, self.session.run(None, {**feeds, **self.cache}), strict=True))
+        self.cache = {name: results[name.replace("past", "present", 1)] for name in self.cache}
+        return results["logits"]
+
+
+def _torch_logits(checkpoint: Checkpoint, row: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return checkpoint.model(input_ids=torch.from_numpy(row[None])).logits[0].float().numpy()
+
+
+def verify_encoder(path: Path, checkpoint: Checkpoint, form: Form, reference: torch.nn.Module) -> Verification:
+    """Batches of one and three, with and without padding; ``reference`` pools as the graph does."""
+    verification = Verification(str(form))
+    session = open_graph(path)
+    for batch, length, kept in ((3, 11, (11, 6, 1)), (1, 8, (8,)), (2, 2, (2, 2))):
+        inputs = sample_inputs(checkpoint, batch, length)
+        for row, count in enumerate(kept):
+            inputs["attention_mask"][row, count:] = 0
+        name = f"padded to {length}, rows of {kept}"
+        _compare(verification, session, inputs, reference, name)
+    return verification
+
+
+def verify_vision(path: Path, checkpoint: Checkpoint, form: Form, reference: torch.nn.Module) -> Verification:
+    """Batches of one and three."""
+    verification = Verification(str(form))
+    session = open_graph(path)
+    for batch in (1, 3):
+        _compare(verification, session, sample_inputs(checkpoint, batch), reference, f"{batch} images")
+    return verification
+
+
+def _compare(
+    verification: Verification,
+    session: Any,
+    inputs: dict[str, torch.Tensor],
+    reference: Callable[..., torch.Tensor],
+    name: str,
+) -> None:
+    with torch.no_grad():
+        expected = reference(*inputs.values()).float().numpy()
+    (actual,) = session.run(None, {k: v.numpy() for k, v in inputs.items()})
+    first = next(iter(inputs.values()))
+    verification.record(name, (first.shape[0], 0, first.shape[1]), actual, expected)
