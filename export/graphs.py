@@ -127,7 +127,8 @@ def pool(mode: str, normalize: bool) -> Callable[[torch.Tensor, torch.Tensor], t
         elif mode == "max":
             vector = hidden.masked_fill(weights == 0, torch.finfo(hidden.dtype).min).amax(1)
         elif mode == "lasttoken":
-            vector = gather_positions(hidden, (mask.sum(1, keepdim=True) - 1)).squeeze(1)
+            last = (mask.sum(1) - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+            vector = hidden.gather(1, last).squeeze(1)
         else:
             raise ExportError(f"Pooling {mode!r} is not known.", "Use mean, cls, max or lasttoken.")
         return torch.nn.functional.normalize(vector, dim=-1) if normalize else vector

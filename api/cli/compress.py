@@ -1,0 +1,68 @@
+"""`gemini-edge compress`: from a trained checkpoint to a compressed, measured, verified bundle."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gemini.cli.output import results_table
+from gemini.errors import UsageError
+
+HELP = "Compress a checkpoint into a bundle, with the accuracy it lost and the report that shows it."
+EXAMPLE = "gemini-edge compress smollm2-135m --recipe int4 --output bundles/smollm2 --max-drop 20"
+TASKS = ("text-generation", "text-classification", "feature-extraction", "image-classification")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `compress`."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a Hugging Face folder with safetensors, a .gguf file, "
+        "or a catalog name (smollm2-135m, all-minilm-l6-v2)",
+    )
+    parser.add_argument("--output", metavar="DIR", required=True, help="the bundle to write")
+    parser.add_argument(
+        "--recipe",
+        metavar="RECIPE",
+        default="int8",
+        help="fp32, int8, int4, nf4, or a recipe FILE.toml (default: int8)",
+    )
+    parser.add_argument("--task", choices=TASKS, help="the task, where the checkpoint does not say it")
+    parser.add_argument(
+        "--eval-text", metavar="FILE", help="text to measure accuracy on, instead of the built-in one"
+    )
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="text to calibrate on, instead of the built-in one"
+    )
+    parser.add_argument(
+        "--max-drop",
+        metavar="PERCENT",
+        type=float,
+        help="the loss of accuracy against fp32 that is allowed; beyond it the bundle is set aside as "
+        "DIR.rejected and the exit code is 3",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a bundle that already lies at DIR")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the pipeline; returns its report."""
+    if args.max_drop is not None and not 0 <= args.max_drop < float("inf"):
+        raise UsageError(
+            f"--max-drop {args.max_drop} is not a percentage.", "Give a number that is 0 or more."
+        )
+    from gemini.pipeline import compress_model
+
+    report: dict[str, Any] = compress_model(
+        args.model,
+        args.output,
+        args.recipe,
+        task=args.task,
+        eval_text=args.eval_text,
+        calibration=args.calibration,
+        max_drop=args.max_drop,
+        force=args.force,
+        progress=True,
+    )
+    print(results_table(report["table"]))
+    print(f"\nbundle  {args.output}\nreport  {Path(args.output) / 'report.html'}")
+    return report

@@ -1,0 +1,36 @@
+"""Text that arrives through arguments and standard input."""
+
+import sys
+
+from gemini.errors import UsageError
+
+MAX_STDIN_BYTES = 16 * 1024 * 1024
+
+
+def read_stdin() -> str:
+    """All of standard input, at most 16 MiB of UTF-8.
+
+    Raises UsageError when it is empty, larger, or not UTF-8.
+    """
+    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
+        raise UsageError("Standard input holds more than 16 MiB.", "Pipe in a shorter text.")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"Standard input is not UTF-8 (byte {error.start}).",
+            "Convert it, for example with iconv -t UTF-8.",
+        ) from error
+    if not text.strip():
+        raise UsageError("Standard input is empty.", "Pipe in the text, or use --prompt or --text.")
+    return text
+
+
+def checked_text(text: str, option: str) -> str:
+    """`text` of a command-line argument; UsageError when it is empty or held bytes that are no characters."""
+    if not text.strip():
+        raise UsageError(f"The text given to {option} is empty.", "Give it at least one word.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(f"The text given to {option} is not in this locale's encoding.", "Use UTF-8.")
+    return text

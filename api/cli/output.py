@@ -1,0 +1,60 @@
+"""How results look: JSON for programs, tables for people."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def to_json(result: object) -> str:
+    """`result` as one line of standard JSON; NaN and infinities, which JSON does not have, become null."""
+    from gemini.benchmarks.report import to_plain
+
+    return json.dumps(to_plain(result), allow_nan=False)
+
+
+def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The report's table: one row a model (``name``, ``size_mb``, metrics), headings and digits by metric."""
+    from gemini.benchmarks.metrics import format_value, metric_label, table_columns
+
+    columns = table_columns(list(rows))
+    heads = ["", *map(metric_label, columns)]
+    cells = [[str(row["name"]), *(format_value(key, row.get(key)) for key in columns)] for row in rows]
+    return columns_of_text([heads, *cells])
+
+
+def columns_of_text(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells under a heading line; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in ruled
+    )
+
+
+def pairs(values: Mapping[str, Any], indent: str = "  ") -> str:
+    """One `name  value` line each, values aligned."""
+    width = max(map(len, values), default=0)
+    return "\n".join(
+        f"{indent}{name.ljust(width)}  {_cell(value)}".rstrip() for name, value in values.items()
+    )
+
+
+def megabytes(size: float) -> str:
+    """Bytes in the unit the reports use (1 MB = 10^6 bytes)."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return str(value)

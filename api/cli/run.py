@@ -1,0 +1,143 @@
+"""`gemini-edge run`: use a bundle from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from gemini.cli.inputs import checked_text, read_stdin
+from gemini.errors import UsageError
+
+if TYPE_CHECKING:
+    from gemini.runtime import Embedder, ImageClassifier, TextClassifier, TextGenerator
+    from gemini.runtime.options import OptionArgs
+
+HELP = "Run a bundle: generate text (streamed), embed or classify texts, classify images."
+EXAMPLE = 'gemini-edge run bundles/smollm2 --prompt "Once upon a time" --max-new-tokens 64 --seed 1'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
+    parser.add_argument(
+        "stdin",
+        metavar="-",
+        nargs="?",
+        help="read standard input: one prompt for a generator, one text a line for the others",
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="the prompt of a text generator")
+    parser.add_argument("--text", metavar="TEXT", nargs="+", help="texts to embed or to classify")
+    parser.add_argument("--image", metavar="FILE", nargs="+", help="images to classify")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--threads", metavar="N", type=int, help="threads (default: what cgroup and affinity allow)"
+    )
+    generation = parser.add_argument_group("generation")
+    generation.add_argument(
+        "--chat", action="store_true", help="wrap the prompt in the bundle's chat template"
+    )
+    generation.add_argument(
+        "--max-new-tokens", metavar="N", type=int, help="stop after N tokens (default: 128)"
+    )
+    generation.add_argument(
+        "--temperature", metavar="T", type=float, help="sampling temperature; 0 is greedy"
+    )
+    generation.add_argument(
+        "--top-k", metavar="K", type=int, help="sample among the K likeliest tokens; 0 is off"
+    )
+    generation.add_argument("--top-p", metavar="P", type=float, help="sample in the nucleus of probability P")
+    generation.add_argument(
+        "--min-p", metavar="P", type=float, help="drop tokens below P times the likeliest one's probability"
+    )
+    generation.add_argument(
+        "--repetition-penalty",
+        metavar="R",
+        type=float,
+        help="above 1 discourages tokens that already appeared",
+    )
+    generation.add_argument("--seed", metavar="N", type=int, help="makes sampling repeatable")
+    generation.add_argument(
+        "--stop", metavar="TEXT", action="append", help="end before this text; may be repeated"
+    )
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Load the bundle, check that the input fits its task, print what comes out."""
+    given = [name for name in ("prompt", "text", "image", "stdin") if getattr(args, name) is not None]
+    if len(given) != 1 or args.stdin not in (None, "-"):
+        raise UsageError(
+            "Exactly one input is needed.", "Give --prompt TEXT, --text TEXT…, --image FILE… or -."
+        )
+    texts = _texts(args)
+    from gemini import runtime
+
+    session = runtime.load(args.bundle, device=args.device, threads=args.threads)
+    if isinstance(session, runtime.TextGenerator):
+        _require(given[0], "text-generation", "prompt", "stdin")
+        return _generate(session, texts[0], args)
+    if isinstance(session, runtime.ImageClassifier):
+        _require(given[0], "image-classification", "image")
+        return _classify(session, args.image)
+    if given[0] == "stdin":
+        texts = [line for line in texts[0].splitlines() if line.strip()]
+    if isinstance(session, runtime.Embedder):
+        _require(given[0], "feature-extraction", "text", "stdin")
+        return _embed(session, texts)
+    _require(given[0], "text-classification", "text", "stdin")
+    return _classify(session, texts)
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    if args.stdin is not None:
+        return [read_stdin()]
+    if args.prompt is not None:
+        return [checked_text(args.prompt, "--prompt")]
+    return [checked_text(text, "--text") for text in args.text or ()]
+
+
+def _require(given: str, task: str, *accepted: str) -> None:
+    if given not in accepted:
+        options = " or ".join("-" if name == "stdin" else f"--{name}" for name in accepted)
+        raise UsageError(f"The bundle's task is {task}, which does not take --{given}.", f"Use {options}.")
+
+
+def _generate(session: TextGenerator, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Stream the text; with --json nobody reads along, so the whole generation comes with its counts."""
+    options: OptionArgs = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "seed": args.seed,
+        "stop": args.stop,
+    }
+    result: dict[str, Any] = {"task": "text-generation", "prompt": prompt}
+    if args.json:
+        return result | {"generation": session.generate(prompt, chat=args.chat, **options)}
+    pieces = []
+    for piece in session.stream(prompt, chat=args.chat, **options):
+        pieces.append(piece)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+    return result | {"text": "".join(pieces)}
+
+
+def _embed(session: Embedder, texts: Sequence[str]) -> dict[str, Any]:
+    """One line of numbers a text, ready for other tools."""
+    vectors = session.embed(texts)
+    for vector in vectors:
+        print(" ".join(f"{value:.6g}" for value in vector))
+    return {"task": "feature-extraction", "texts": list(texts), "embeddings": vectors}
+
+
+def _classify(session: TextClassifier | ImageClassifier, inputs: Sequence[str]) -> dict[str, Any]:
+    """The likeliest labels of each input."""
+    found = session.classify(inputs)
+    for given, labels in zip(inputs, found, strict=True):
+        print("  ".join([given, *(f"{label.label} {label.score:.3f}" for label in labels[:3])]))
+    return {"task": session.bundle.manifest.task, "inputs": list(inputs), "labels": found}

@@ -1,0 +1,177 @@
+"""The report's plots as PNG: size and accuracy against fp32, latency distribution, bytes by component."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gemini.benchmarks.metrics import NAMES, format_number, format_value, loss_percent, metric_label
+from gemini.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours; the accent marks the bundle, everything it is compared with is neutral."""
+
+    surface: str
+    text: str
+    muted: str
+    grid: str
+    neutral: str
+    accent: str
+
+
+LIGHT = Theme("#ffffff", "#1c2128", "#59636e", "#e6e9ed", "#b3bdc9", "#2563eb")
+DARK = Theme("#161b22", "#e6edf3", "#9aa4b0", "#2b323c", "#56616f", "#6ea8fe")
+
+
+def draw_plots(report: Mapping[str, Any], theme: Theme = LIGHT) -> dict[str, bytes]:
+    """{file name: PNG}. A plot whose figures are absent from the report is left out.
+
+    Raises UsageError when matplotlib is not installed.
+    """
+    drawn = {
+        "size_accuracy.png": _size_accuracy(report, theme),
+        "latency.png": _latency(report.get("latency") or {}, theme),
+        "bytes.png": _bytes(report.get("bytes") or {}, theme),
+    }
+    return {name: _png(figure) for name, figure in drawn.items() if figure is not None}
+
+
+def _figure(theme: Theme, height: float, panels: int = 1) -> tuple["Figure", list["Axes"]]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError(
+            "Plots need matplotlib.", "Install it with: pip install 'gemini-edge[report]'."
+        ) from None
+    figure = Figure(figsize=(8.4, height), facecolor=theme.surface, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: no global state, no display
+    axes = [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
+    for axis in axes:
+        axis.set_facecolor(theme.surface)
+        axis.tick_params(colors=theme.muted, length=0, labelsize=9)
+        for name, spine in axis.spines.items():
+            spine.set_visible(name == "bottom")
+            spine.set_color(theme.grid)
+    return figure, axes
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _bars(
+    axis: "Axes",
+    theme: Theme,
+    title: str,
+    labels: list[str],
+    values: list[float],
+    texts: list[str],
+    marked: int,
+) -> None:
+    """Horizontal bars, the first on top, values at their ends; ``marked`` is the accented row (-1: all)."""
+    colours = [theme.accent if marked in (-1, row) else theme.neutral for row in range(len(values))]
+    rows = list(range(len(values)))
+    axis.barh(rows, values, height=0.58, color=colours)
+    axis.set_yticks(rows, labels, color=theme.text, fontsize=10)
+    axis.invert_yaxis()
+    axis.set_xticks([])
+    axis.spines["bottom"].set_visible(False)
+    low, high = min(0.0, *values), max(0.0, *values)
+    reach = (high - low) or 1.0
+    axis.set_xlim(low - (0.22 * reach if low < 0 else 0), high + 0.24 * reach)
+    axis.axvline(0, color=theme.grid, linewidth=1)
+    for row, (value, text) in enumerate(zip(values, texts, strict=True)):
+        side = -1 if value < 0 else 1
+        axis.annotate(
+            text, (value, row), xytext=(5 * side, 0), textcoords="offset points", va="center",
+            ha="left" if side > 0 else "right", color=theme.text, fontsize=10,
+        )  # fmt: skip
+    axis.set_title(title, loc="left", color=theme.muted, fontsize=10, pad=8)
+
+
+def _size_accuracy(report: Mapping[str, Any], theme: Theme) -> "Figure | None":
+    table = list(report.get("table") or [])
+    rows = [row for row in table if row.get("size_mb") is not None]
+    if not rows:
+        return None
+    key = str(report.get("metric") or "")
+    reference = next((row.get(key) for row in table if row["name"] == "fp32"), None)
+    losses = [(row, loss_percent(key, row.get(key), reference)) for row in table]
+    measured = [(row, loss) for row, loss in losses if loss is not None]
+    figure, axes = _figure(theme, 0.55 + 0.5 * max(len(rows), len(measured)), panels=2 if measured else 1)
+    labels, marked = _labels(rows)
+    sizes = [float(row["size_mb"]) for row in rows]
+    _bars(
+        axes[0], theme, "Size, MB", labels, sizes, [format_value("size_mb", size) for size in sizes], marked
+    )
+    if measured:
+        labels, marked = _labels([row for row, _ in measured])
+        texts = [f"{format_value(key, row[key])}  ({loss:+.1f} %)" for row, loss in measured]
+        if measured[0][0]["name"] == "fp32":
+            texts[0] = format_value(key, measured[0][0][key])
+        title = f"{metric_label(key)}: loss against fp32, %"
+        _bars(axes[1], theme, title, labels, [loss for _, loss in measured], texts, marked)
+    return figure
+
+
+def _labels(rows: list[Mapping[str, Any]]) -> tuple[list[str], int]:
+    names = [str(row["name"]) for row in rows]
+    return [NAMES.get(name, name) for name in names], names.index("bundle") if "bundle" in names else -2
+
+
+def _latency(latency: Mapping[str, Any], theme: Theme) -> "Figure | None":
+    samples = list(latency.get("samples_ms") or [])
+    if len(samples) < 2:
+        return None
+    import numpy as np
+
+    p50, p90, p99 = (float(value) for value in np.percentile(samples, (50, 90, 99)))
+    last = max(p99 * 1.15, p50 * 1.3)  # a single stall must not flatten the rest
+    shown = [sample for sample in samples if sample <= last]
+    figure, (axis,) = _figure(theme, 2.9)
+    counts, _, _ = axis.hist(shown, bins=min(60, max(10, len(shown) // 5)), color=theme.accent, alpha=0.85)
+    top = float(max(np.atleast_1d(counts)))
+    axis.set_ylim(0, top * 1.38)
+    for level, (name, value) in enumerate((("median", p50), ("90 %", p90), ("99 %", p99))):
+        axis.axvline(value, ymax=(1.28 - 0.1 * level) / 1.38, color=theme.text, linewidth=1, dashes=(3, 2))
+        axis.annotate(
+            f"{name} {value:.2f} ms", (value, top * (1.28 - 0.1 * level)), xytext=(4, -3),
+            textcoords="offset points", color=theme.text, fontsize=9, va="top",
+        )  # fmt: skip
+    axis.set_yticks([])
+    axis.set_xlim(right=max(last, p99 + 0.16 * (last - min(shown))))
+    what = (
+        "a token after the first" if latency.get("kind") == "generator" else "a call, last shape of the table"
+    )
+    beyond = len(samples) - len(shown)
+    title = f"Time for {what}, ms ({len(samples)} measured" + (
+        f", {beyond} beyond the axis)" if beyond else ")"
+    )
+    axis.set_title(title, loc="left", color=theme.muted, fontsize=10, pad=8)
+    return figure
+
+
+def _bytes(components: Mapping[str, Any], theme: Theme) -> "Figure | None":
+    items = [
+        (name, float(size)) for name, size in components.items() if isinstance(size, int | float) and size > 0
+    ]
+    if not items:
+        return None
+    items.sort(key=lambda item: -item[1])
+    if len(items) > 10:  # the tail is one row
+        items = [*items[:9], (f"{len(items) - 9} others", sum(size for _, size in items[9:]))]
+    total = sum(size for _, size in items)
+    figure, (axis,) = _figure(theme, 0.6 + 0.36 * len(items))
+    texts = [f"{format_number(round(size / 1e6, 2))} MB  ({100 * size / total:.1f} %)" for _, size in items]
+    labels = [name.replace("_", " ") for name, _ in items]
+    _bars(axis, theme, "Bytes by component", labels, [size / 1e6 for _, size in items], texts, -1)
+    return figure

@@ -1,0 +1,142 @@
+"""Run a recipe on a checkpoint: one function per spec, chosen by one dict.
+
+reports = run_recipe(checkpoint, load_recipe("int4"), calibration=windows)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gemini.compress.calibrate import Window, collect_input_moments
+from gemini.compress.layers import Bnb4, Channels, Integers, make_linear, make_table
+from gemini.compress.recipe import Recipe
+from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
+from gemini.compress.select import Selection, select_layers, weight_of
+from gemini.compress.specs import PerBlock, QuantizeInt4, QuantizeInt8, QuantizeNF4, Spec
+from gemini.errors import RecipeError
+
+if TYPE_CHECKING:
+    from gemini.model.checkpoint import Checkpoint
+
+Format = Integers | Channels | Bnb4
+
+
+def quantize_int8(
+    model: nn.Module, spec: QuantizeInt8, windows: Sequence[Window], progress: bool
+) -> PassReport:
+    """8-bit linears per block or per channel; embedding and head per block, for which there are operators."""
+    per_block = spec.granularity if isinstance(spec.granularity, PerBlock) else None
+    size = (per_block or PerBlock()).size
+    selection = select_layers(model, size if per_block else 1, spec.skip, size if spec.embeddings else None)
+    linear = Integers(8, size) if per_block else Channels()
+    formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
+    return _edit(model, spec, selection, formats, Integers(8, size), {}, progress)
+
+
+def quantize_int4(
+    model: nn.Module, spec: QuantizeInt4, windows: Sequence[Window], progress: bool
+) -> PassReport:
+    """4-bit linears with searched scales and zero points; embedding and head at their own width."""
+    table = None if spec.embedding_bits == 32 else spec.embedding_block_size
+    selection = select_layers(model, spec.block_size, spec.skip, table)
+    moments: dict[str, Tensor] = {}
+    if windows and spec.search:
+        moments = collect_input_moments(model, windows, selection.linears, progress)
+    linear = Integers(4, spec.block_size, spec.symmetric, spec.search)
+    formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
+    head = Integers(spec.embedding_bits, spec.embedding_block_size)
+    report = _edit(model, spec, selection, formats, head, moments, progress)
+    return replace(report, calibration_windows=len(windows) if moments else 0)
+
+
+def quantize_nf4(
+    model: nn.Module, spec: QuantizeNF4, windows: Sequence[Window], progress: bool
+) -> PassReport:
+    """bitsandbytes NF4 linears; embedding and head in integer blocks, for which there is a gather operator."""
+    size = PerBlock().size
+    selection = select_layers(model, 1, spec.skip, None if spec.embedding_bits == 32 else size)
+    formats: dict[str, Format] = dict.fromkeys(selection.linears, Bnb4(spec.block_size))
+    return _edit(model, spec, selection, formats, Integers(spec.embedding_bits, size), {}, progress)
+
+
+Pass = Callable[[nn.Module, Any, Sequence[Window], bool], PassReport]
+PASSES: dict[type[Spec], Pass] = {
+    QuantizeInt8: quantize_int8,
+    QuantizeInt4: quantize_int4,
+    QuantizeNF4: quantize_nf4,
+}
+
+
+def run_recipe(
+    checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[Window] | None = None, progress: bool = True
+) -> list[PassReport]:
+    """Apply the passes in order to ``checkpoint.model``, in place, and report on each.
+
+    ``calibration``: int64 token windows (1, S), or mappings of model inputs to arrays; without it the int4
+    search weighs all input features alike. RecipeError if a pass finds nothing to change.
+    """
+    reports = []
+    for spec in recipe.specs:
+        start = time.perf_counter()
+        report = PASSES[type(spec)](checkpoint.model, spec, calibration or (), progress)
+        if not report.layers:
+            first = f": {report.skipped[0].name}, {report.skipped[0].reason}" if report.skipped else ""
+            raise RecipeError(
+                f"The pass {spec.type} finds no layer to change{first}.", "Use the recipe fp32."
+            )
+        reports.append(replace(report, seconds=time.perf_counter() - start))
+    return reports
+
+
+def _edit(
+    model: nn.Module,
+    spec: Spec,
+    selection: Selection,
+    formats: Mapping[str, Format],
+    table: Integers,
+    moments: Mapping[str, Tensor],
+    progress: bool,
+) -> PassReport:
+    """Replace every selected layer by its quantized module, one at a time so that float weights are freed early."""
+    layers = list(_edit_ends(model, selection, table))
+    for name in tqdm(formats, desc=spec.type, unit="layer", delay=2, leave=False, disable=not progress):
+        old = model.get_submodule(name)
+        weight, importance = weight_of(old), moments.get(name)
+        new = make_linear(weight, old.bias, formats[name], importance)
+        layers.append(layer_report(name, "linear", weight, new, importance))
+        _replace(model, old, new)
+    return PassReport(
+        spec.type, spec.to_dict(), layers, list(selection.skipped), bits_per_weight(layers), 0, 0.0
+    )
+
+
+def _edit_ends(model: nn.Module, selection: Selection, table: Integers) -> Iterator[LayerReport]:
+    """Quantize token embedding and head; when tied, the head is built on the embedding's own buffers."""
+    shared = None
+    if selection.embedding:
+        old = model.get_submodule(selection.embedding)
+        shared = make_table(weight_of(old), table, selection.scale_by)
+        yield layer_report(selection.embedding, "embedding", weight_of(old), shared, None)
+    if selection.head:
+        head = model.get_submodule(selection.head)
+        twin = shared if selection.tied else None
+        new = make_linear(weight_of(head), head.bias, table, None, twin)
+        report = layer_report(selection.head, "tied head" if twin else "head", weight_of(head), new, None)
+        yield replace(report, parameters=0, bytes=0) if twin else report
+        _replace(model, head, new)
+    if selection.embedding and shared is not None:
+        _replace(model, old, shared)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` hangs; a module may be a child of several parents."""
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, key, new)

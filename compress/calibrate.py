@@ -1,0 +1,83 @@
+"""Calibration: run text (or feeds) through the model and note how large each input feature of each layer is.
+
+This file is the only place in compress/ that puts hooks on a model, and it removes them whatever happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Window = np.ndarray | Tensor | Mapping[str, Any]
+
+
+class InputMoments:
+    """Running sum of squares and count of one layer's input features, in float64."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in activations (..., K)."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        square = rows.square().sum(0, dtype=torch.float64)
+        self.total = square if self.total is None else self.total + square
+        self.count += rows.shape[0]
+
+    def mean(self) -> Tensor | None:
+        """E[x^2] per input feature, float64 (K,), or None if the layer was never called."""
+        return None if self.total is None else self.total / self.count
+
+
+@contextmanager
+def watch_inputs(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, InputMoments]]:
+    """Inside the block, every call of the named modules adds its input to the moments that are handed out."""
+    moments = {name: InputMoments() for name in names}
+    handles = []
+    try:
+        for name in names:
+            hook = _make_hook(moments[name])
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect_input_moments(
+    model: nn.Module, windows: Iterable[Window], names: Collection[str], progress: bool = True
+) -> dict[str, Tensor]:
+    """E[x^2] of the inputs of the named layers over all windows: {name: float64 (K,)}.
+
+    A window is an int64 array (1, S) of token ids, or a mapping of keyword arguments to arrays. Windows are
+    taken one at a time and nothing but the sums is kept. A layer that no window reaches is absent from the
+    result.
+    """
+    with watch_inputs(model, names) as moments, torch.no_grad():
+        for window in tqdm(
+            windows, desc="calibrate", unit="window", delay=2, leave=False, disable=not progress
+        ):
+            model(**as_feed(window))
+    means = {name: moment.mean() for name, moment in moments.items()}
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def as_feed(window: Window) -> dict[str, Tensor]:
+    """Keyword arguments for the model; a bare array means token ids."""
+    if isinstance(window, Mapping):
+        return {key: torch.as_tensor(value) for key, value in window.items()}
+    return {"input_ids": torch.as_tensor(window)}
+
+
+def _make_hook(moments: InputMoments) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        moments.add(args[0] if args else next(iter(kwargs.values())))
+
+    return hook

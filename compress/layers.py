@@ -1,0 +1,73 @@
+"""From a float weight and a format to the module that holds it packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from gemini.compress.modules import NF4, Bnb4Linear, ChannelwiseLinear, QuantizedEmbedding, QuantizedLinear
+from gemini.compress.quantize import Quantized, quantize, quantize_bnb4, quantize_channels
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Integer codes in blocks; see ``quantize.quantize``."""
+
+    bits: int
+    block_size: int
+    symmetric: bool = True
+    search: bool = False
+
+
+@dataclass(frozen=True)
+class Channels:
+    """int8 codes with one scale per output channel."""
+
+
+@dataclass(frozen=True)
+class Bnb4:
+    """bitsandbytes NF4 codes over the flattened weight."""
+
+    block_size: int
+
+
+def make_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    form: Integers | Channels | Bnb4,
+    importance: Tensor | None = None,
+    shared: QuantizedEmbedding | None = None,
+) -> nn.Module:
+    """The packed layer for a float weight (N, K); with ``shared`` it uses that table's buffers, not ``weight``."""
+    rows, columns = weight.shape
+    kept = None if bias is None else bias.detach().clone()
+    if isinstance(form, Channels):
+        return ChannelwiseLinear(*quantize_channels(weight), kept)
+    if isinstance(form, Bnb4):
+        packed, absmax = quantize_bnb4(weight, form.block_size)
+        return Bnb4Linear(columns, rows, packed, absmax, form.block_size, NF4, kept)
+    source = shared if shared is not None else _quantize(weight, form, importance)
+    return QuantizedLinear(
+        columns, rows, form.bits, form.block_size, source.qweight, source.scales, source.zero_points, kept
+    )
+
+
+def make_table(weight: Tensor, form: Integers, scale_by: float | None) -> QuantizedEmbedding:
+    """The packed token embedding for a float table (V, D)."""
+    rows, columns = weight.shape
+    made = _quantize(weight, form, None)
+    return QuantizedEmbedding(
+        rows, columns, form.bits, form.block_size, made.qweight, made.scales, made.zero_points, scale_by
+    )
+
+
+def _quantize(weight: Tensor, form: Integers, importance: Tensor | None) -> Quantized:
+    return quantize(
+        weight,
+        bits=form.bits,
+        block_size=form.block_size,
+        symmetric=form.symmetric,
+        search=form.search,
+        importance=importance,
+    )

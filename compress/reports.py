@@ -1,0 +1,80 @@
+"""What a pass did, layer by layer: goes into the manifest and the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemini.compress.modules import Bnb4Linear
+from gemini.compress.select import Skipped
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer that a pass changed.
+
+    ``bytes`` counts codes, scales and zero points (not the bias). ``relative_error`` is
+    ``sum E[x_j^2] (w_ij - w'_ij)^2 / sum E[x_j^2] w_ij^2``, with E[x^2] = 1 where calibration did not see
+    the layer. A tied head has no bytes and no parameters of its own: they are the embedding's.
+    """
+
+    name: str
+    kind: str  # "linear" | "embedding" | "head" | "tied head"
+    bits: int
+    block_size: int | None  # None: one scale per output channel
+    symmetric: bool
+    parameters: int
+    bytes: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One pass: its options, the layers it changed, the layers it left alone, and the price of a weight in bits."""
+
+    type: str
+    options: dict[str, Any]
+    layers: list[LayerReport]
+    skipped: list[Skipped]
+    bits_per_weight: float
+    calibration_windows: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values for the manifest; the time is left out, so two equal runs write equal manifests."""
+        return {key: value for key, value in asdict(self).items() if key != "seconds"}
+
+
+def layer_report(
+    name: str, kind: str, weight: Tensor, module: nn.Module, importance: Tensor | None
+) -> LayerReport:
+    """Compare a packed module with the float weight (N, K) that it replaces."""
+    bits = 4 if isinstance(module, Bnb4Linear) else getattr(module, "bits", 8)
+    symmetric = getattr(module, "zero_points", None) is None
+    stored = sum(
+        b.numel() * b.element_size() for key, b in module.named_buffers(recurse=False) if key != "bias"
+    )
+    error = relative_error(weight, module.dequantized(), importance)
+    size = getattr(module, "block_size", None)
+    return LayerReport(name, kind, bits, size, symmetric, weight.numel(), stored, error)
+
+
+def relative_error(weight: Tensor, approximation: Tensor, importance: Tensor | None) -> float:
+    """Share of the layer's output energy that the approximation gets wrong, inputs taken as uncorrelated.
+
+    ``weight`` and ``approximation`` (N, K), ``importance`` (K,) = E[x^2] or None for ones. 0 for an all-zero
+    weight.
+    """
+    mass = torch.ones(weight.shape[1]) if importance is None else importance.float()
+    energy = torch.mv(weight.square(), mass).sum(dtype=torch.float64)
+    wrong = torch.mv((weight - approximation).square(), mass).sum(dtype=torch.float64)
+    return float(wrong / energy) if energy > 0 else 0.0
+
+
+def bits_per_weight(layers: list[LayerReport]) -> float:
+    """Stored bits, scales and zero points included, per original weight of the changed layers."""
+    parameters = sum(layer.parameters for layer in layers)
+    return 8.0 * sum(layer.bytes for layer in layers) / parameters if parameters else 0.0

@@ -1,0 +1,195 @@
+"""Specs: one frozen dataclass per pass, holding exactly the options that a recipe may set.
+
+    QuantizeInt4(block_size=32, symmetric=True).to_dict()
+    spec_from_dict({"type": "quantize_int4", "block_size": 32})
+
+Every spec checks itself when it is made, so a pass never meets an impossible option.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from gemini.errors import RecipeError
+
+# onnxruntime has fast MatMulNBits kernels for these block sizes only; any other falls back to a slow loop.
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+# bitsandbytes quantizes blocks of these sizes on CPU, and MatMulBnb4 reads them.
+BNB_BLOCK_SIZES = (64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each output channel; activations become int8 per call (DynamicQuantizeMatMul)."""
+
+    type: ClassVar[str] = "per_channel"
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale for each ``size`` consecutive input features of an output channel (MatMulNBits)."""
+
+    type: ClassVar[str] = "per_block"
+    size: int = 64
+
+    def __post_init__(self) -> None:
+        _check_choice("size", self.size, BLOCK_SIZES)
+
+
+Granularity = PerChannel | PerBlock
+
+
+@dataclass(frozen=True)
+class QuantizeInt8:
+    """Linear weights and the token embedding at 8 bits, round to nearest, symmetric.
+
+    ``skip`` holds glob patterns over module names that stay fp32.
+    """
+
+    type: ClassVar[str] = "quantize_int8"
+    granularity: Granularity = field(default_factory=PerBlock)
+    embeddings: bool = True
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.granularity, PerChannel | PerBlock):
+            raise RecipeError(
+                f"`granularity` of quantize_int8 is {self.granularity!r}.",
+                'Write { type = "per_channel" } or { type = "per_block", size = 64 }.',
+            )
+        _check_bool("embeddings", self.embeddings)
+        _check_globs(self.skip)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON/TOML values; ``spec_from_dict`` is the inverse."""
+        return _to_dict(self)
+
+
+@dataclass(frozen=True)
+class QuantizeInt4:
+    """Linear weights in 4-bit blocks, the token embedding and the head at ``embedding_bits``.
+
+    ``search`` fits scale and zero point to the error weighted by E[x^2]; without it the pass rounds to
+    nearest. The layers that hurt most, up to ``sensitive_share`` of the linear weights, get
+    ``sensitive_bits``.
+    """
+
+    type: ClassVar[str] = "quantize_int4"
+    block_size: int = 64
+    symmetric: bool = False
+    search: bool = True
+    embedding_bits: int = 8
+    embedding_block_size: int = 64
+    sensitive_bits: int = 8
+    sensitive_share: float = 0.0
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("block_size", self.block_size, BLOCK_SIZES)
+        _check_bool("symmetric", self.symmetric)
+        _check_bool("search", self.search)
+        _check_choice("embedding_bits", self.embedding_bits, (4, 8, 32))
+        _check_choice("embedding_block_size", self.embedding_block_size, BLOCK_SIZES)
+        _check_choice("sensitive_bits", self.sensitive_bits, (8, 32))
+        _check_share("sensitive_share", self.sensitive_share)
+        _check_globs(self.skip)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON/TOML values; ``spec_from_dict`` is the inverse."""
+        return _to_dict(self)
+
+
+@dataclass(frozen=True)
+class QuantizeNF4:
+    """Linear weights as bitsandbytes NF4 (4-bit codes at the quantiles of a normal distribution)."""
+
+    type: ClassVar[str] = "quantize_nf4"
+    block_size: int = 64
+    embedding_bits: int = 8
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("block_size", self.block_size, BNB_BLOCK_SIZES)
+        _check_choice("embedding_bits", self.embedding_bits, (4, 8, 32))
+        _check_globs(self.skip)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON/TOML values; ``spec_from_dict`` is the inverse."""
+        return _to_dict(self)
+
+
+Spec = QuantizeInt8 | QuantizeInt4 | QuantizeNF4
+SPECS: dict[str, type[Spec]] = {spec.type: spec for spec in (QuantizeInt8, QuantizeInt4, QuantizeNF4)}
+GRANULARITIES: dict[str, type[Granularity]] = {kind.type: kind for kind in (PerChannel, PerBlock)}
+
+
+def spec_from_dict(table: Mapping[str, Any]) -> Spec:
+    """The spec that ``table`` describes; RecipeError for an unknown type, an unknown key or a wrong value."""
+    kind, options = _split(table, SPECS, "pass")
+    if isinstance(options.get("granularity"), Mapping):
+        inner, inner_options = _split(options["granularity"], GRANULARITIES, "granularity")
+        options["granularity"] = inner(**inner_options)
+    if isinstance(options.get("skip"), list):
+        options["skip"] = tuple(options["skip"])
+    return kind(**options)
+
+
+def reject_unknown(keys: Iterable[str], valid: Iterable[str], where: str) -> None:
+    """Raise RecipeError for the first of ``keys`` that is not in ``valid``, with the nearest valid one."""
+    names = sorted(valid)
+    for key in keys:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"Did you mean `{near[0]}`? " if near else ""
+            raise RecipeError(f"Unknown key `{key}` in {where}.", f"{hint}Valid: {', '.join(names)}.")
+
+
+def _split(table: Mapping[str, Any], kinds: Mapping[str, Any], noun: str) -> tuple[Any, dict[str, Any]]:
+    """The class that ``table["type"]`` names and the remaining keys, all of them valid for that class."""
+    valid = ", ".join(sorted(kinds))
+    name = table.get("type")
+    if name is None:
+        raise RecipeError(f"A {noun} has no `type`.", f"Add one of: {valid}.")
+    if not isinstance(name, str) or name not in kinds:
+        near = difflib.get_close_matches(str(name), list(kinds), n=1)
+        hint = f"Did you mean `{near[0]}`? " if near else ""
+        raise RecipeError(f"Unknown {noun} type `{name}`.", f"{hint}Valid: {valid}.")
+    options = {key: value for key, value in table.items() if key != "type"}
+    reject_unknown(options, (item.name for item in fields(kinds[name])), f"{noun} `{name}`")
+    return kinds[name], options
+
+
+def _to_dict(spec: Any) -> dict[str, Any]:
+    table: dict[str, Any] = {"type": spec.type}
+    for item in fields(spec):
+        value = getattr(spec, item.name)
+        if isinstance(value, PerChannel | PerBlock):
+            value = _to_dict(value)
+        table[item.name] = list(value) if isinstance(value, tuple) else value
+    return table
+
+
+def _check_choice(key: str, value: object, choices: tuple[int, ...]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in choices:
+        raise RecipeError(f"`{key}` is {value!r}.", f"Choose one of {', '.join(map(str, choices))}.")
+
+
+def _check_bool(key: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise RecipeError(f"`{key}` is {value!r}.", "Write true or false.")
+
+
+def _check_share(key: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0.0 <= float(value) <= 1.0:  # type: ignore[arg-type]
+        raise RecipeError(f"`{key}` is {value!r}.", "Write a number between 0 and 1.")
+
+
+def _check_globs(value: object) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
+        raise RecipeError(
+            f"`skip` is {value!r}.", 'Write a list of module name patterns, e.g. ["*.down_proj"].'
+        )

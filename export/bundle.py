@@ -1,0 +1,174 @@
+"""Write a bundle: everything into a folder beside the target, then one rename.
+
+A crash, a full disk or Ctrl-C leaves either the old bundle or none; the unfinished folder is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from gemini.errors import BundleError
+from gemini.export.exporter import Exported
+from gemini.model.checkpoint import Checkpoint
+from gemini.runtime.bundle import MANIFEST_NAME, file_digest, seal
+from gemini.runtime.schema import SCHEMA_VERSION
+
+TOOLS = ("gemini-edge", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "optimum", "bitsandbytes")
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse, before any work is done, a target that must not be written."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise BundleError(f"{output} exists and is not a folder.", "Choose another --output.")
+    if not output.exists():
+        return
+    empty = not any(output.iterdir())
+    if not empty and not (output / MANIFEST_NAME).is_file():
+        raise BundleError(f"{output} exists and holds something that is not a bundle.", "Choose another --output.")
+    if not force and not empty:
+        raise BundleError(f"{output} already holds a bundle.", "Add --force to replace it, or choose another --output.")
+
+
+@contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """A new folder beside ``output`` on the same disk; removed at the end unless it was renamed away."""
+    folder = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+        folder.chmod(0o755)
+        yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BundleError(
+                f"The disk of {output.parent} is full; nothing was changed.", "Free some space and run again."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise BundleError(
+                f"{output.parent} cannot be written ({error.strerror}).", "Choose another --output."
+            ) from error
+        raise
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def commit(folder: Path, output: Path) -> None:
+    """Rename the finished folder to its place; an old bundle is kept until the new one stands there."""
+    for file in folder.iterdir():
+        _flush(file)
+    old = None
+    if output.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+        output.rename(old / "bundle")
+    try:
+        folder.rename(output)
+    except BaseException:
+        if old is not None:
+            (old / "bundle").rename(output)
+        raise
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """tokenizer.json and chat_template.jinja, or preprocessor.json: what the runtime needs beside the graph."""
+    if checkpoint.tokenizer is not None:
+        backend = checkpoint.tokenizer.backend_tokenizer
+        # A batch that was tokenized earlier leaves its padding behind; the runtime pads by itself.
+        backend.no_padding()
+        backend.no_truncation()
+        (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+        template = checkpoint.tokenizer.chat_template
+        if isinstance(template, str) and checkpoint.family == "decoder":
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if checkpoint.processor is not None:
+        from gemini.model.vision import normalized_preprocessor
+
+        document = json.dumps(normalized_preprocessor(checkpoint.processor), indent=2, sort_keys=True)
+        (folder / "preprocessor.json").write_text(document + "\n", encoding="utf-8")
+
+
+def describe(checkpoint: Checkpoint, exported: Exported) -> dict[str, Any]:
+    """The part of the manifest that is known once the graph stands."""
+    manifest: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "name": checkpoint.name,
+        "task": checkpoint.task,
+        "family": checkpoint.family,
+        "graphs": exported.graphs,
+        "model": exported.model,
+        "form": str(exported.form),
+        "twins": exported.twins,
+        "fusions": exported.fusions,
+        "nodes": exported.nodes,
+        "bytes": exported.bytes,
+        "verification": exported.verification,
+        "refused_forms": exported.refused,
+        "provenance": {
+            "source": checkpoint.source,
+            "tools": {name: _version(name) for name in TOOLS},
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+        "requirements": {
+            "onnxruntime": ".".join((_version("onnxruntime") or "1.31").split(".")[:2]),
+            "operators": exported.operators,
+            "opsets": exported.opsets,
+        },
+    }
+    if checkpoint.family == "decoder":
+        manifest["generation"] = _generation(checkpoint)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Hash every file of the folder and seal the manifest over them."""
+    files = {
+        path.name: {"sha256": file_digest(path), "size": path.stat().st_size}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST_NAME
+    }
+    (folder / MANIFEST_NAME).write_bytes(seal({**manifest, "files": files}))
+
+
+def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.model.generation_config
+    eos = config.eos_token_id
+    vocabulary = checkpoint.model.get_input_embeddings().num_embeddings
+    known = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None and 0 <= i < vocabulary]
+    defaults = {
+        name: getattr(config, name, None)
+        for name in ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    }
+    return {
+        "eos_token_ids": known,
+        "bos_token_id": config.bos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "defaults": {name: value for name, value in defaults.items() if value is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

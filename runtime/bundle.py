@@ -1,0 +1,175 @@
+"""Reading a bundle defensively: after :func:`read_bundle` every listed byte is what its writer wrote.
+
+bundle = read_bundle("out/")          # BundleError with cause and remedy, or a verified Bundle
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from gemini.errors import BundleError
+from gemini.runtime.external_data import check_external_data
+from gemini.runtime.fields import damaged
+from gemini.runtime.manifest import MAX_MANIFEST_BYTES, parse_manifest, seal
+from gemini.runtime.schema import Manifest
+
+__all__ = ["Bundle", "file_digest", "read_bundle", "safe_member", "seal"]
+
+MANIFEST_NAME = "manifest.json"
+_MAX_TEXT_BYTES = 256 << 20
+_COMPANIONS = {"decoder": "tokenizer.json", "encoder": "tokenizer.json", "vision": "preprocessor.json"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: its folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    def has(self, name: str) -> bool:
+        """Whether the manifest lists this file; files beside the list do not exist for the runtime."""
+        return name in self.manifest.files
+
+    def file(self, name: str) -> Path:
+        """The path of a listed file; BundleError if it is not listed."""
+        if not self.has(name):
+            raise damaged(f"{name} is not listed in the manifest")
+        return safe_member(self.path, name)
+
+    def graph(self, key: str) -> Path:
+        """The path of the graph ``key`` ("decoder", "encoder" or "vision")."""
+        return self.file(self.manifest.graphs[key])
+
+    def text(self, name: str) -> str:
+        """The UTF-8 text of a listed file."""
+        try:
+            return _read_small(self.file(name), _MAX_TEXT_BYTES).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise damaged(f"{name} is not UTF-8 text") from error
+
+    def json(self, name: str) -> Any:
+        """The JSON document in a listed file."""
+        try:
+            return json.loads(self.text(name))
+        except (ValueError, RecursionError) as error:
+            raise damaged(f"{name} is not valid JSON") from error
+
+
+def read_bundle(path: str | Path, verify: bool = True) -> Bundle:
+    """Read and check a bundle folder; every problem is a BundleError.
+
+    ``verify=False`` skips only the hashing of the files; paths, sizes and the manifest's digest are still
+    checked.
+    """
+    root = Path(path)
+    try:
+        is_folder = root.is_dir()
+    except (OSError, ValueError):
+        is_folder = False
+    if not is_folder:
+        raise BundleError(
+            f"There is no bundle folder at {str(path)!r}.",
+            "Give the folder that `gemini-edge compress` wrote.",
+        )
+    manifest = parse_manifest(_read_small(_regular(root, MANIFEST_NAME), MAX_MANIFEST_BYTES))
+    if MANIFEST_NAME in manifest.files:
+        raise damaged("the manifest lists itself")
+    companion = _COMPANIONS[manifest.family]
+    if companion not in manifest.files:
+        raise damaged(f"{companion} is not listed in the manifest")
+    _check_runtime(manifest.requires_onnxruntime)
+    for name, entry in manifest.files.items():
+        file = _regular(root, name)
+        if _size(file, name) != entry.size:
+            raise damaged(f"{name} has {_size(file, name)} bytes instead of {entry.size}")
+        if verify and file_digest(file) != entry.sha256:
+            raise damaged(f"{name} does not match its sha256")
+    for name in manifest.graphs.values():
+        try:
+            check_external_data(safe_member(root, name), name, frozenset(manifest.files))
+        except OSError as error:
+            raise damaged(f"{name} cannot be read ({error.strerror})") from error
+    return Bundle(root, manifest)
+
+
+def safe_member(root: str | Path, name: str) -> Path:
+    """The path of ``name`` below ``root``; BundleError for absolute paths, ``..``, links out of it."""
+    parts = name.split("/")
+    windows = PureWindowsPath(name)
+    if (
+        not name
+        or PurePosixPath(name).is_absolute()
+        or windows.drive
+        or windows.root
+        or "\\" in name
+        or "\0" in name
+        or any(part in ("", ".", "..") for part in parts)
+    ):
+        raise damaged(f"the path {name[:80]!r} is not a plain path inside the bundle")
+    try:
+        member = Path(root, *parts)
+        if not member.resolve().is_relative_to(Path(root).resolve()):
+            raise damaged(f"{name!r} is a link that leaves the bundle")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise damaged(f"the path {name[:80]!r} cannot be followed") from error
+    return member
+
+
+def file_digest(path: str | Path) -> str:
+    """The sha256 of a file as 64 hexadecimal digits, read in pieces; BundleError if it cannot be read."""
+    import hashlib
+
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise damaged(f"{Path(path).name} cannot be read ({error.strerror})") from error
+
+
+def _regular(root: Path, name: str) -> Path:
+    """A member that exists and is a regular file: opening a pipe would block, a device would never end."""
+    member = safe_member(root, name)
+    try:
+        mode = member.stat().st_mode
+    except OSError as error:
+        raise damaged(f"{name} is missing or unreadable ({error.strerror})") from error
+    if not stat.S_ISREG(mode):
+        raise damaged(f"{name} is not a regular file")
+    return member
+
+
+def _size(file: Path, name: str) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise damaged(f"{name} is missing or unreadable ({error.strerror})") from error
+
+
+def _read_small(file: Path, limit: int) -> bytes:
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise damaged(f"{file.name} cannot be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise damaged(f"{file.name} is larger than {limit} bytes")
+    return data
+
+
+def _check_runtime(required: str) -> None:
+    from onnxruntime import __version__ as installed
+
+    needed, present = (re.match(r"(\d{1,6})\.(\d{1,6})", text) for text in (required, installed))
+    if needed is None:
+        raise damaged(f"the required onnxruntime version {required[:40]!r} is not a version")
+    if present is not None and tuple(map(int, present.groups())) < tuple(map(int, needed.groups())):
+        raise BundleError(
+            f"The bundle needs onnxruntime {required} or newer, installed is {installed}.",
+            f"Run pip install 'onnxruntime>={required}'.",
+        )

@@ -1,0 +1,72 @@
+"""Checks of a decoder: token ids that come in, and the graph against its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gemini.errors import BundleError, RequestError
+from gemini.runtime import kv
+from gemini.runtime.schema import DecoderModel
+from gemini.runtime.session import Graph, require
+
+DTYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+LENGTH_INPUTS = ("seqlens_k", "total_sequence_length")  # a graph that does not need them has lost them
+
+
+def checked_row(tokens: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
+    """One row of token ids as int64 (n,). RequestError unless all are integers in [0, vocab_size).
+
+    The graph would not notice: GatherBlockQuantized returns zeros for an id out of range.
+    """
+    try:
+        row = np.asarray(tokens)
+    except (ValueError, OverflowError):
+        row = np.zeros(0)
+    if row.ndim != 1 or row.dtype.kind not in "iu" or row.size == 0:
+        raise RequestError("The token ids are not a non-empty row of integers.", "Give a list of token ids.")
+    if row.min() < 0 or row.max() >= vocab_size:
+        raise RequestError(
+            f"A token id lies outside 0..{vocab_size - 1}.",
+            "Encode the text with the bundle's own tokenizer.",
+        )
+    return row.astype(np.int64)
+
+
+def checked_rows(ids: ArrayLike | Sequence[Sequence[int]], model: DecoderModel) -> list[NDArray[np.int64]]:
+    """The rows of a batch, each checked; RequestError for none at all or one over the context length."""
+    rows = (
+        [checked_row(row, model.vocab_size) for row in ids]
+        if isinstance(ids, (list, tuple, np.ndarray))
+        else []
+    )
+    if not rows:
+        raise RequestError("The batch is empty.", "Give at least one row of token ids.")
+    longest = max(row.size for row in rows)
+    if longest > model.context_length:
+        raise RequestError(
+            f"A prompt has {longest} tokens and the model's context holds {model.context_length}.",
+            "Shorten the prompt.",
+        )
+    return rows
+
+
+def check_graph(graph: Graph, model: DecoderModel) -> None:
+    """BundleError unless the graph's inputs, outputs and fixed dimensions are those the manifest states."""
+    names = kv.cache_names(model.layers)
+    past, present = [p for p, _ in names], [p for _, p in names]
+    require(graph, ["input_ids", "logit_positions", *past], ["logits", *present], LENGTH_INPUTS)
+    expected = {"logits": {2: model.vocab_size}}
+    for index, layer in enumerate(model.layers):
+        expected[f"past.{index}.key"] = {1: layer.kv_heads, 3: layer.key_dim}
+        expected[f"past.{index}.value"] = {1: layer.kv_heads, 3: layer.value_dim}
+    for name, sizes in expected.items():
+        dtype, shape = {**graph.inputs, **graph.outputs}[name]
+        fits = dtype in DTYPES and len(shape) == max(sizes) + 1
+        if not fits or any(isinstance(shape[axis], int) and shape[axis] != n for axis, n in sizes.items()):
+            raise BundleError(
+                f"The graph's {name} (type {dtype}, shape {list(shape)}) is not what the manifest says.",
+                "Compress the model again.",
+            )

@@ -1,0 +1,159 @@
+"""The model half of text generation: one running batch with its key/value cache, bound once with IOBinding.
+
+    decoder = Decoder(graph, model, new_tokens=32)
+    logits = decoder.prefill([[1, 5, 9], [1, 7]])     # (2, V): the next token's logits of each row
+    logits = decoder.step(logits.argmax(-1))          # (2, V)
+
+Every buffer that a step touches is allocated at prefill. On the CPU the OrtValues share the memory of numpy
+arrays, so a step writes a few integers, runs, and reads its logits in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import ArrayLike, NDArray
+
+from gemini.errors import RequestError
+from gemini.runtime import kv
+from gemini.runtime.checks import DTYPES, LENGTH_INPUTS, checked_row, checked_rows
+from gemini.runtime.schema import DecoderModel
+from gemini.runtime.session import Graph, run_bound
+
+
+class Decoder:
+    """A batch in flight. Not for two threads at once; open one Decoder a batch, they share the session."""
+
+    def __init__(self, graph: Graph, model: DecoderModel, new_tokens: int = 0) -> None:
+        self._graph, self._model, self._new_tokens = graph, model, new_tokens
+        self._names = kv.cache_names(model.layers)
+        self._values: list[ort.OrtValue] = []
+        self._arrays: dict[str, np.ndarray] = {}
+        self._feeds: dict[str, ort.OrtValue] = {}
+        self._capacity = 0
+        self._lengths = np.zeros(0, np.int32)
+
+    def prefill(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Start a batch from prompts of any lengths; returns the last token's logits (B, V) of each row.
+
+        RequestError for empty prompts, ids outside the vocabulary and prompts over the context length. The
+        result is a view that the next call overwrites.
+        """
+        rows = checked_rows(ids, self._model)
+        lengths = np.array([row.size for row in rows], np.int32)
+        width = int(lengths.max())
+        if self._model.cache == "concat" and (lengths != width).any():
+            raise RequestError(
+                "This model needs prompts of equal length in one batch.", "Run the prompts one by one."
+            )
+        padded = np.zeros((len(rows), width), np.int64)
+        for row, tokens in enumerate(rows):
+            padded[row, : tokens.size] = tokens
+        try:
+            self._start(len(rows), width)
+        except MemoryError as error:
+            raise kv.too_large(len(rows), width + self._new_tokens) from error
+        self._lengths = lengths
+        self._arrays["seqlens_k"][:] = lengths - 1
+        self._arrays["total_sequence_length"][...] = width
+        self._arrays["logit_positions"][:, 0] = lengths - 1
+        self._binding.bind_ortvalue_input("input_ids", kv.to_device(padded, self._graph.device))
+        logits = self._run()
+        self._arrays["logit_positions"][:] = 0
+        self._binding.bind_ortvalue_input("input_ids", self._feeds["input_ids"])
+        return logits
+
+    def step(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """Append one token to each row; returns the next logits (B, V), a view like prefill's."""
+        chosen = checked_row(tokens, self._model.vocab_size)
+        if chosen.shape != self._lengths.shape or not self._feeds:
+            raise RequestError(
+                f"A step got {chosen.size} tokens for {self._lengths.size} rows.",
+                "Prefill, then one token a row.",
+            )
+        total = int(self._lengths.max()) + 1
+        if total > self._model.context_length:
+            raise RequestError(
+                f"The context of {self._model.context_length} tokens is full.", "Generate fewer tokens."
+            )
+        if self._model.cache == "shared" and total > self._capacity:
+            self._grow(total)
+        self._arrays["input_ids"][:, 0] = chosen
+        self._arrays["seqlens_k"][:] = self._lengths
+        self._arrays["total_sequence_length"][...] = total
+        self._lengths = self._lengths + 1
+        return self._run(step=True)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held: "kv_cache" and "buffers" (step inputs and logits)."""
+        return {
+            "kv_cache": sum(value.tensor_size_in_bytes() for value in self._values),
+            "buffers": sum(array.nbytes for array in self._arrays.values()),
+        }
+
+    def close(self) -> None:
+        """Free all buffers; a new prefill allocates them again."""
+        self._values, self._arrays, self._feeds, self._capacity = [], {}, {}, 0
+        self._lengths = np.zeros(0, np.int32)
+        if hasattr(self, "_binding"):
+            del self._binding
+
+    def _start(self, batch: int, width: int) -> None:
+        planned = min(width + self._new_tokens, self._model.context_length)
+        shared = self._model.cache == "shared"
+        self._capacity = kv.round_up(planned, self._model.context_length) if shared else 0
+        dtype = DTYPES[self._graph.inputs[self._names[0][0]][0]]
+        self._values = kv.allocate(self._model.layers, batch, self._capacity, self._graph.device, dtype)
+        self._arrays = {
+            "input_ids": np.zeros((batch, 1), np.int64),
+            "seqlens_k": np.zeros(batch, np.int32),
+            "total_sequence_length": np.zeros((), np.int32),
+            "logit_positions": np.zeros((batch, 1), np.int64),
+            "logits": np.zeros((batch, 1, self._model.vocab_size), np.float32),
+        }
+        # Step inputs and logits stay in host memory on every device: they are a few bytes in, one row out.
+        self._feeds = {name: kv.to_device(array, "cpu") for name, array in self._arrays.items()}
+        self._binding = self._graph.session.io_binding()
+        self._bind_step_inputs()
+        self._binding.bind_ortvalue_output("logits", self._feeds["logits"])
+        self._bind_cache()
+
+    def _bind_step_inputs(self, names: Sequence[str] = ("logit_positions", *LENGTH_INPUTS)) -> None:
+        for name in names:
+            if name in self._graph.inputs:
+                self._binding.bind_ortvalue_input(name, self._feeds[name])
+
+    def _bind_cache(self) -> None:
+        """Shared: each buffer is past and present at once. Concat: each present is allocated anew."""
+        for (past, present), value in zip(self._names, self._values, strict=True):
+            self._binding.bind_ortvalue_input(past, value)
+            if self._model.cache == "shared":
+                self._binding.bind_ortvalue_output(present, value)
+            else:
+                self._binding.bind_output(present, self._graph.device, 0)
+
+    def _grow(self, total: int) -> None:
+        capacity = kv.round_up(total, self._model.context_length)
+        try:
+            self._values = kv.grow(self._values, total - 1, capacity, self._graph.device)
+        except MemoryError as error:
+            raise kv.too_large(self._lengths.size, capacity) from error
+        self._capacity = capacity
+        self._bind_cache()
+
+    def _run(self, step: bool = False) -> NDArray[np.float32]:
+        if self._graph.device != "cpu":
+            # Binding is what copies a host input to the device, so a changed array must be bound again.
+            self._bind_step_inputs(("logit_positions", *LENGTH_INPUTS, *(("input_ids",) if step else ())))
+        run_bound(self._graph, self._binding)
+        if self._graph.device != "cpu":
+            self._binding.synchronize_outputs()
+        if self._model.cache == "concat":
+            self._values = self._binding.get_outputs()[1:]
+            self._binding.clear_binding_outputs()
+            self._binding.bind_ortvalue_output("logits", self._feeds["logits"])
+            self._bind_cache()
+        logits: NDArray[np.float32] = self._arrays["logits"][:, 0]
+        return logits

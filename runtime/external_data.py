@@ -1,0 +1,89 @@
+"""Which files an ONNX graph would open: a walk over the protobuf wire format, without the onnx package.
+
+onnxruntime itself refuses external data outside the graph's folder; this check also refuses files inside the
+folder that the manifest does not list, whose bytes nobody has verified. Field numbers are those of
+onnx.proto3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from gemini.runtime.fields import damaged
+
+# message -> {field number: message held by that field}; only the ways that lead to a tensor are listed.
+_CHILDREN: dict[str, dict[int, str]] = {
+    "Model": {7: "Graph", 20: "Training", 25: "Function"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "Training": {1: "Graph", 2: "Graph"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+    "Tensor": {13: "Entry"},
+    "Entry": {},
+}
+_FIXED = {1: 8, 5: 4}
+
+
+def external_locations(graph: bytes) -> set[str]:
+    """All ``location`` values of external tensors in a serialized ModelProto; BundleError if malformed."""
+    found: set[str] = set()
+    pending = [("Model", 0, len(graph))]
+    while pending:  # an explicit stack: a hostile graph may nest deeper than Python recurses
+        message, start, end = pending.pop()
+        texts: dict[int, bytes] = {}
+        for number, low, high in _length_delimited(graph, start, end):
+            child = _CHILDREN[message].get(number)
+            if child is not None:
+                pending.append((child, low, high))
+            elif message == "Entry":
+                texts[number] = graph[low:high]
+        if message == "Entry" and texts.get(1) == b"location":
+            try:
+                found.add(texts.get(2, b"").decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise damaged("a graph names an external file that is not UTF-8") from error
+    return found
+
+
+def check_external_data(graph: Path, name: str, listed: frozenset[str]) -> None:
+    """Refuse a graph (``name`` relative to the bundle) whose tensors lie in files that are not listed."""
+    folder = name.rpartition("/")[0]
+    for location in external_locations(graph.read_bytes()):
+        member = f"{folder}/{location}" if folder else location
+        if member not in listed:
+            raise damaged(f"{name} refers to {location[:80]!r}, which the manifest does not list")
+
+
+def _length_delimited(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(field number, first byte, end) of each length-delimited field of the message data[start:end]."""
+    position = start
+    while position < end:
+        key, position = _varint(data, position, end)
+        wire = key & 7
+        if wire == 0:
+            _, position = _varint(data, position, end)
+        elif wire == 2:
+            size, position = _varint(data, position, end)
+            if size > end - position:
+                raise damaged("a graph file ends inside a field")
+            yield key >> 3, position, position + size
+            position += size
+        elif wire in _FIXED and position + _FIXED[wire] <= end:
+            position += _FIXED[wire]
+        else:
+            raise damaged("a graph file is not an ONNX model")
+
+
+def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while position < end and shift < 70:
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+        shift += 7
+    raise damaged("a graph file is not an ONNX model")

@@ -1,0 +1,68 @@
+"""Key/value buffers of a decoder: allocation on a device, growth, and their names in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from gemini.errors import RequestError
+from gemini.runtime.schema import LayerShape
+
+BLOCK = 64  # capacities are multiples of this many tokens, so that growing by one token rarely copies
+
+
+def cache_names(layers: Sequence[LayerShape]) -> list[tuple[str, str]]:
+    """(graph input, graph output) of every cache tensor, in the order of :func:`allocate`."""
+    return [
+        (f"past.{index}.{kind}", f"present.{index}.{kind}")
+        for index in range(len(layers))
+        for kind in ("key", "value")
+    ]
+
+
+def round_up(tokens: int, limit: int) -> int:
+    """The capacity for ``tokens``: the next multiple of BLOCK, but not above ``limit`` unless tokens is."""
+    return max(tokens, min(-(-tokens // BLOCK) * BLOCK, limit))
+
+
+def allocate(
+    layers: Sequence[LayerShape], batch: int, capacity: int, device: str, dtype: type[np.floating]
+) -> list[ort.OrtValue]:
+    """Zeroed key and value buffers (batch, kv_heads, capacity, dim) of every layer, on ``device``."""
+    return [
+        to_device(np.zeros(shape, dtype), device)
+        for layer in layers
+        for shape in (
+            (batch, layer.kv_heads, capacity, layer.key_dim),
+            (batch, layer.kv_heads, capacity, layer.value_dim),
+        )
+    ]
+
+
+def grow(values: Sequence[ort.OrtValue], used: int, capacity: int, device: str) -> list[ort.OrtValue]:
+    """Larger buffers that begin with the first ``used`` tokens of the old ones.
+
+    Device buffers pass through host memory: onnxruntime copies whole tensors only, and growth is rare.
+    """
+    larger = []
+    for value in values:
+        old = value.numpy()
+        batch, heads, _, dim = old.shape
+        new = np.zeros((batch, heads, capacity, dim), old.dtype)
+        new[:, :, :used] = old[:, :, :used]
+        larger.append(to_device(new, device))
+    return larger
+
+
+def to_device(array: np.ndarray, device: str) -> ort.OrtValue:
+    """An OrtValue for ``array``: on the CPU it shares the array's memory, elsewhere it is a copy."""
+    return ort.OrtValue.ortvalue_from_numpy(array, "cuda" if device == "cuda" else "cpu", 0)
+
+
+def too_large(batch: int, tokens: int) -> RequestError:
+    return RequestError(
+        f"There is not enough memory for a cache of {batch} x {tokens} tokens.",
+        "Use fewer prompts or fewer tokens.",
+    )

@@ -1,0 +1,238 @@
+"""Text generation with a bundle.
+
+generator = load("out/")
+print(generator.generate("The sea is", max_new_tokens=32).text)
+for piece in generator.stream("Tell me a joke.", chat=True): print(piece, end="")
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gemini.errors import RequestError
+from gemini.runtime import chat as chats
+from gemini.runtime.bundle import Bundle
+from gemini.runtime.checks import check_graph, checked_rows
+from gemini.runtime.decoder import Decoder
+from gemini.runtime.fields import damaged
+from gemini.runtime.generate import OnToken, generate_tokens, new_token_limit, token_events
+from gemini.runtime.options import GenerationOptions, OptionArgs, make_options
+from gemini.runtime.schema import DecoderModel
+from gemini.runtime.scoring import all_logits
+from gemini.runtime.session import Graph
+from gemini.runtime.streaming import TextStream
+from gemini.runtime.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+Prompt = str | Sequence[str] | chats.Messages
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished answer. ``tokens`` hold everything sampled, the end token included; ``text`` ends before
+    a stop string. ``finish_reason`` is "eos", "stop" or "length"."""
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+
+
+class TextGenerator:
+    """A session for text generation. Every generation has its own cache, so several may be in flight."""
+
+    def __init__(self, bundle: Bundle, graph: Graph) -> None:
+        model = bundle.manifest.model
+        if not isinstance(model, DecoderModel):
+            raise damaged("the manifest describes no decoder")
+        check_graph(graph, model)
+        self.bundle, self.graph, self.model = bundle, graph, model
+        self.device, self.threads = graph.device, graph.threads
+        self.tokenizer = TextTokenizer.read(bundle)
+        self.eos = frozenset(bundle.manifest.generation.eos_token_ids)
+        try:
+            make_options(bundle.manifest.generation.defaults, {})
+        except RequestError as error:
+            raise damaged(f"a generation default is impossible: {error.cause}") from error
+        self._live: weakref.WeakSet[Decoder] = weakref.WeakSet()
+        self._benchmark: Decoder | None = None
+
+    def generate(
+        self, prompt: Prompt, *, chat: bool = False, **options: Unpack[OptionArgs]
+    ) -> Generation | list[Generation]:
+        """Answer one prompt (a text or a conversation of role/content messages) or a list of texts.
+
+        ``chat=True`` wraps each text as a user message in the bundle's chat template. Options that are not
+        given come from the bundle. RequestError for empty or too long prompts and impossible options.
+        """
+        prompts, single = self._prompts(prompt, chat)
+        chosen = self._options(options)
+        streams = [TextStream(self.tokenizer, chosen.stop) for _ in prompts]
+        texts = [""] * len(prompts)
+
+        def on_token(row: int, token: int) -> bool:
+            if chosen.ignore_eos or token not in self.eos:
+                texts[row] += streams[row].push(token)
+            return streams[row].stopped
+
+        tokens, reasons = self._run(prompts, chosen, on_token)
+        results = [
+            Generation(
+                texts[row] + streams[row].finish(),
+                tuple(tokens[row]),
+                len(prompts[row]),
+                "stop" if streams[row].stopped else reasons[row],
+            )
+            for row in range(len(prompts))
+        ]
+        return results[0] if single else results
+
+    def stream(
+        self, prompt: str | chats.Messages, *, chat: bool = False, **options: Unpack[OptionArgs]
+    ) -> Iterator[str]:
+        """The text of :meth:`generate` for one prompt, piece by piece, in whole characters.
+
+        The prompt and the options are checked by this call, before the first piece is asked for.
+        """
+        prompts, single = self._prompts(prompt, chat)
+        if not single:
+            raise RequestError("A stream takes one prompt.", "Use generate() for a list of prompts.")
+        chosen = self._options(options)
+        checked_rows(prompts, self.model)
+        return self._pieces(prompts, chosen, new_token_limit(prompts, chosen, self.model.context_length))
+
+    def generate_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        options: GenerationOptions | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[list[int]]:
+        """New token ids (the end token included) for prompts of token ids, without any text.
+
+        ``on_token(row, token)`` sees every token and ends the row by returning True.
+        """
+        return self._run(ids, options or self._options({}), on_token)[0]
+
+    def logits(self, ids: ArrayLike, lengths: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Logits float32 (B, S, V) of every position of ids (B, S); see :func:`scoring.all_logits`."""
+        return all_logits(self.graph, self.model, ids, lengths)
+
+    def decoder(self, new_tokens: int = 0) -> Decoder:
+        """A fresh batch over this session, with a cache planned for ``new_tokens`` after the prompt."""
+        decoder = Decoder(self.graph, self.model, new_tokens)
+        self._live.add(decoder)
+        return decoder
+
+    def prefill(self, ids: Sequence[Sequence[int]], new_tokens: int = 0) -> NDArray[np.float32]:
+        """Start the session's own batch; logits (B, V). With :meth:`step`, what a benchmark measures."""
+        if self._benchmark is not None:
+            self._benchmark.close()
+        self._benchmark = self.decoder(new_tokens)
+        return self._benchmark.prefill(ids)
+
+    def step(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """Append a token to each row of the session's own batch; logits (B, V)."""
+        if self._benchmark is None:
+            raise RequestError("A step came before any prefill.", "Call prefill first.")
+        return self._benchmark.step(tokens)
+
+    def render_chat(self, messages: chats.Messages, add_generation_prompt: bool = True) -> str:
+        """The prompt text of a conversation, by the bundle's chat template."""
+        return chats.render_chat(self._template, messages, self._special_tokens, add_generation_prompt)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: "weights" on disk, and "kv_cache" and "buffers" of all batches in flight."""
+        held = [decoder.memory() for decoder in self._live]
+        files = self.bundle.manifest.files
+        return {
+            "weights": sum(files[name].size for name in files if name.endswith((".onnx", ".onnx.data"))),
+            "kv_cache": sum(part["kv_cache"] for part in held),
+            "buffers": sum(part["buffers"] for part in held),
+        }
+
+    def close(self) -> None:
+        """Free the caches. The session itself is freed with the object."""
+        for decoder in list(self._live):
+            decoder.close()
+        self._benchmark = None
+
+    def _run(
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, on_token: OnToken | None
+    ) -> tuple[list[list[int]], list[str]]:
+        checked_rows(prompts, self.model)
+        limit = new_token_limit(prompts, options, self.model.context_length)
+        if self.model.cache == "shared" or len({len(prompt) for prompt in prompts}) == 1:
+            return generate_tokens(self.decoder(limit), prompts, options, self.eos, limit, on_token)
+        rows, reasons = [], []
+        for row, prompt in enumerate(prompts):  # a concatenated cache has one length for all rows
+            seeded = options if options.seed is None else replace(options, seed=options.seed + row)
+
+            def forward(_: int, token: int, row: int = row) -> bool | None:
+                return on_token(row, token) if on_token is not None else None
+
+            tokens, reason = generate_tokens(self.decoder(limit), [prompt], seeded, self.eos, limit, forward)
+            rows += tokens
+            reasons += reason
+        return rows, reasons
+
+    def _pieces(self, prompts: list[list[int]], options: GenerationOptions, limit: int) -> Iterator[str]:
+        decoder = self.decoder(limit)
+        text = TextStream(self.tokenizer, options.stop)
+        try:
+            for _, token in token_events(decoder, prompts, options, self.eos, limit):
+                if options.ignore_eos or token not in self.eos:
+                    piece = text.push(token)
+                    if piece:
+                        yield piece
+                if text.stopped:
+                    return
+            rest = text.finish()
+            if rest:
+                yield rest
+        finally:
+            decoder.close()
+
+    def _options(self, given: OptionArgs | Mapping[str, Any]) -> GenerationOptions:
+        return make_options(self.bundle.manifest.generation.defaults, given)
+
+    def _prompts(self, prompt: Prompt, chat: bool) -> tuple[list[list[int]], bool]:
+        """Token ids of each prompt, and whether there was just one."""
+        bos = self.bundle.manifest.generation.bos_token_id
+        if isinstance(prompt, str):
+            texts, single = [prompt], True
+        elif isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+            return [self.tokenizer.encode(self.render_chat(prompt), False)], True  # type: ignore[arg-type]
+        elif (
+            isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(text, str) for text in prompt)
+        ):
+            texts, single = [str(text) for text in prompt], False
+        else:
+            raise RequestError("The prompt is neither a text nor a list of texts.", "Give at least one str.")
+        if not chat:
+            return [self.tokenizer.encode(text, True, bos) for text in texts], single
+        if not all(texts):
+            raise RequestError("The prompt is empty.", "Give at least one character.")
+        rendered = [self.render_chat([{"role": "user", "content": text}]) for text in texts]
+        return [self.tokenizer.encode(text, False) for text in rendered], single
+
+    @cached_property
+    def _template(self) -> Template:
+        if not self.bundle.has(chats.TEMPLATE_NAME):
+            raise RequestError("This bundle has no chat template.", "Use a plain prompt (without chat).")
+        return chats.compile_template(self.bundle.text(chats.TEMPLATE_NAME))
+
+    @property
+    def _special_tokens(self) -> dict[str, str]:
+        info = self.bundle.manifest.generation
+        eos = info.eos_token_ids[0] if info.eos_token_ids else None
+        ids = {"bos_token": info.bos_token_id, "eos_token": eos, "pad_token": info.pad_token_id}
+        return {name: text for name, i in ids.items() if (text := self.tokenizer.token(i)) is not None}

@@ -1,0 +1,68 @@
+"""The toy bundles of tests/runtime, with a report inside, as the command line meets them."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TABLE = [
+    {"name": "fp32", "size_mb": 538.1, "perplexity": 20.0},
+    {"name": "bundle", "size_mb": 91.25, "perplexity": 22.5, "kl": 0.1},
+]
+
+
+def load_toys() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "runtime" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("runtime_toys", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{kind: bundle folder}: two generators, an embedder, a text classifier, an image classifier."""
+    make, root = load_toys(), tmp_path_factory.mktemp("bundles")
+    paths = {
+        "shared": make.make_decoder(root / "shared", "shared").path,
+        "concat": make.make_decoder(root / "concat", "concat").path,
+        "embedder": make.make_encoder(root / "embedder", "feature-extraction").path,
+        "classifier": make.make_encoder(root / "classifier", "text-classification").path,
+        "vision": make.make_vision(root / "vision").path,
+    }
+    paths["reported"] = add_report(make, paths["shared"], root / "reported")
+    return paths
+
+
+def add_report(make: ModuleType, source: Path, target: Path) -> Path:
+    """The same bundle with everything that `compress` adds to a manifest."""
+    manifest = json.loads((source / "manifest.json").read_text())
+    files = {name: (source / name).read_bytes() for name in manifest.pop("files")}
+    files["report.json"] = json.dumps({"table": TABLE}).encode()
+    extra: dict[str, Any] = {
+        "name": "toy",
+        "recipe": {"name": "int4", "specs": [{"type": "int4", "block_size": 64}]},
+        "passes": [
+            {
+                "type": "int4",
+                "options": {"block_size": 64},
+                "layers": [{"name": "q"}],
+                "skipped": [{"name": "conv", "reason": "convolutions stay fp32"}],
+                "bits_per_weight": 4.5,
+            }
+        ],
+        "provenance": {"source": {"kind": "folder", "name": "toy"}, "tools": {"torch": "2.13.0"}},
+        "bytes": {"embedding": 1000, "attention": 2_000_000},
+        "fusions": {"skip_norm": 3},
+        "requirements": {"onnxruntime": "1.31", "operators": ["com.microsoft::GroupQueryAttention"]},
+    }
+    manifest.pop("digest")
+    path: Path = make.write_bundle(target, manifest | extra, files)
+    return path
