@@ -43,22 +43,22 @@ def quantize_int4(
     model: nn.Module, spec: QuantizeInt4, windows: Sequence[Window], progress: bool
 ) -> PassReport:
     """4-bit linears with searched scales and zero points; embedding and head at their own width."""
-    table = None if spec.embedding_bits == 32 else spec.embedding_block_size
-    selection = select_layers(model, spec.block_size, spec.skip, table)
+    table_size = None if spec.embedding_bits == 32 else spec.embedding_block_size
+    selection = select_layers(model, spec.block_size, spec.skip, table_size)
     moments: dict[str, Tensor] = {}
-    if windows and spec.search:
+    if windows and (spec.search or spec.sensitive_share):
         moments = collect_input_moments(model, windows, selection.linears, progress)
     linear = Integers(4, spec.block_size, spec.symmetric, spec.search)
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
-    head = Integers(spec.embedding_bits, spec.embedding_block_size)
-    report = _edit(model, spec, selection, formats, head, moments, progress)
+    table = Integers(spec.embedding_bits, spec.embedding_block_size)
+    report = _edit(model, spec, selection, formats, table, moments, progress, spec.sensitive_share)
     return replace(report, calibration_windows=len(windows) if moments else 0)
 
 
 def quantize_nf4(
     model: nn.Module, spec: QuantizeNF4, windows: Sequence[Window], progress: bool
 ) -> PassReport:
-    """bitsandbytes NF4 linears; embedding and head in integer blocks, for which there is a gather operator."""
+    """bitsandbytes NF4 linears; embedding and head in integer blocks, which have a gather operator."""
     size = PerBlock().size
     selection = select_layers(model, 1, spec.skip, None if spec.embedding_bits == 32 else size)
     formats: dict[str, Format] = dict.fromkeys(selection.linears, Bnb4(spec.block_size))
@@ -102,18 +102,45 @@ def _edit(
     table: Integers,
     moments: Mapping[str, Tensor],
     progress: bool,
+    sensitive_share: float = 0.0,
 ) -> PassReport:
-    """Replace every selected layer by its quantized module, one at a time so that float weights are freed early."""
-    layers = list(_edit_ends(model, selection, table))
+    """Pack every selected layer, widen the most sensitive ones, then put the packed ones into the model."""
+    packed: dict[str, tuple[nn.Module, LayerReport]] = {}
     for name in tqdm(formats, desc=spec.type, unit="layer", delay=2, leave=False, disable=not progress):
-        old = model.get_submodule(name)
-        weight, importance = weight_of(old), moments.get(name)
-        new = make_linear(weight, old.bias, formats[name], importance)
-        layers.append(layer_report(name, "linear", weight, new, importance))
-        _replace(model, old, new)
+        packed[name] = _pack(model, name, formats[name], moments.get(name))
+    wide = most_sensitive([report for _, report in packed.values()], sensitive_share)
+    for name in wide:
+        packed[name] = _pack(model, name, Integers(8, table.block_size), moments.get(name))
+    layers = [*_edit_ends(model, selection, table), *(report for _, report in packed.values())]
+    for name, (new, _) in packed.items():
+        _replace(model, model.get_submodule(name), new)
     return PassReport(
         spec.type, spec.to_dict(), layers, list(selection.skipped), bits_per_weight(layers), 0, 0.0
     )
+
+
+def _pack(
+    model: nn.Module, name: str, form: Format, importance: Tensor | None
+) -> tuple[nn.Module, LayerReport]:
+    old = model.get_submodule(name)
+    new = make_linear(weight_of(old), old.bias, form, importance)
+    return new, layer_report(name, "linear", weight_of(old), new, importance)
+
+
+def most_sensitive(layers: Sequence[LayerReport], share: float) -> list[str]:
+    """Names of the layers with the largest relative error that together hold at most ``share`` of the
+    weights.
+
+    On SmolLM2-135M a share of 3 % picks 28 of the 30 value projections and nothing else, which is what a
+    choice by hand would be.
+    """
+    budget = share * sum(layer.parameters for layer in layers)
+    chosen = []
+    for layer in sorted(layers, key=lambda layer: (-layer.relative_error, layer.name)):
+        if layer.parameters <= budget:
+            chosen.append(layer.name)
+            budget -= layer.parameters
+    return chosen
 
 
 def _edit_ends(model: nn.Module, selection: Selection, table: Integers) -> Iterator[LayerReport]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Window = np.ndarray | Tensor | Mapping[str, Any]
+Window: TypeAlias = np.ndarray | Tensor | Mapping[str, Any]
 
 
 class InputMoments:

@@ -39,7 +39,7 @@ def make_linear(
     importance: Tensor | None = None,
     shared: QuantizedEmbedding | None = None,
 ) -> nn.Module:
-    """The packed layer for a float weight (N, K); with ``shared`` it uses that table's buffers, not ``weight``."""
+    """The packed layer for a float weight (N, K); with ``shared`` it uses the buffers of that table."""
     rows, columns = weight.shape
     kept = None if bias is None else bias.detach().clone()
     if isinstance(form, Channels):

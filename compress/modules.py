@@ -118,7 +118,7 @@ class ChannelwiseLinear(nn.Module):
         return self.dequantized()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features); the operator also rounds ``x`` to 8 bits, this does not."""
+        """(..., in_features) -> (..., out_features); the operator also rounds ``x`` to 8 bits."""
         return functional.linear(x, self.dequantized(), self.bias)
 
     def extra_repr(self) -> str:
@@ -142,7 +142,7 @@ class Bnb4Linear(nn.Module):
         quant_type: int = NF4,
         bias: Tensor | None = None,
     ) -> None:
-        """``qweight`` uint8 ((N*K + 1) // 2,), even element in the high nibble; ``absmax`` float32 per block."""
+        """``qweight`` uint8 ((N*K + 1) // 2,), even element in the high nibble; ``absmax`` one per block."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.block_size, self.quant_type = block_size, quant_type

@@ -84,7 +84,7 @@ def choose_qparams(blocks: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, 
 
 
 def encode(blocks: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Codes minus zero point, clamped to the range that the zero point leaves: (B, size, R) float32 integers."""
+    """Codes minus zero point, clamped to the range the zero point leaves: (B, size, R) float32 integers."""
     return (blocks / scale).round_().clamp_(-zero_point, float((1 << bits) - 1) - zero_point)
 
 
@@ -163,7 +163,7 @@ def _refit(
     bits: int,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted least squares of ``w ~ scale * (q - z)`` for fixed codes; z is rounded, then scale fitted again."""
+    """Least squares of ``w ~ scale * (q - z)`` for fixed codes; z is rounded, then scale fitted again."""
     new_zero = zero_point
     cross = (weighted * codes).sum(1, keepdim=True)
     energy = _block_sum(importance, codes.square())
@@ -222,7 +222,7 @@ def quantize(
 def _quantize_rows(
     weight: Tensor, mass: Tensor, bits: int, symmetric: bool, search: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes, scales (rows, blocks) and packed zero points of some rows; ``mass`` is (blocks, size, 1)."""
+    """Packed codes, scales and packed zero points of some rows; ``mass`` is (blocks, size, 1)."""
     blocks = split_blocks(weight.to(torch.float32), mass.shape[1])
     if search:
         scale, zero_point = search_qparams(blocks, mass, bits, symmetric)

@@ -46,7 +46,7 @@ class Recipe:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """The built-in recipe of that name, or the recipe in that ``.toml`` file (RecipeError if there is none)."""
+    """The built-in recipe of that name, or the one in that ``.toml`` file (RecipeError if there is none)."""
     if name_or_path in BUILTIN:
         return _read(_FOLDER / f"{name_or_path}.toml", name_or_path)
     path = Path(name_or_path)

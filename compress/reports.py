@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PassReport:
-    """One pass: its options, the layers it changed, the layers it left alone, and the price of a weight in bits."""
+    """One pass: its options, the layers it changed or left alone, and the price of a weight in bits."""
 
     type: str
     options: dict[str, Any]
@@ -42,10 +42,6 @@ class PassReport:
     bits_per_weight: float
     calibration_windows: int
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values for the manifest; the time is left out, so two equal runs write equal manifests."""
-        return {key: value for key, value in asdict(self).items() if key != "seconds"}
 
 
 def layer_report(

@@ -170,7 +170,7 @@ def _float_weights(name: str, module: nn.Module) -> list[Skipped]:
 
 
 def _embedding_of(model: nn.Module) -> nn.Embedding | None:
-    """The token embedding, as transformers models report it; vision models report a patch projection instead."""
+    """The token embedding, as transformers models report it; vision models report a patch projection."""
     module = _ask(model, "get_input_embeddings")
     return module if isinstance(module, nn.Embedding) else None
 
@@ -210,7 +210,7 @@ def _shared_weights(model: nn.Module, allowed: set[nn.Module | None]) -> dict[nn
 
 
 def _routers(model: nn.Module) -> set[nn.Module]:
-    """Linear layers beside an ``experts`` module with one output per expert: tiny, and their argmax is fragile."""
+    """Linear layers beside ``experts`` with one output per expert: tiny, and their argmax is fragile."""
     found: set[nn.Module] = set()
     for parent in model.modules():
         experts = getattr(parent, "experts", None)

@@ -72,9 +72,8 @@ class QuantizeInt8:
 class QuantizeInt4:
     """Linear weights in 4-bit blocks, the token embedding and the head at ``embedding_bits``.
 
-    ``search`` fits scale and zero point to the error weighted by E[x^2]; without it the pass rounds to
-    nearest. The layers that hurt most, up to ``sensitive_share`` of the linear weights, get
-    ``sensitive_bits``.
+    ``search`` fits scale and zero point to the error weighted by E[x^2]; without it, nearest.
+    The layers with the largest relative error, up to ``sensitive_share`` of the linear weights, get 8 bits.
     """
 
     type: ClassVar[str] = "quantize_int4"
@@ -83,7 +82,6 @@ class QuantizeInt4:
     search: bool = True
     embedding_bits: int = 8
     embedding_block_size: int = 64
-    sensitive_bits: int = 8
     sensitive_share: float = 0.0
     skip: tuple[str, ...] = ()
 
@@ -93,7 +91,6 @@ class QuantizeInt4:
         _check_bool("search", self.search)
         _check_choice("embedding_bits", self.embedding_bits, (4, 8, 32))
         _check_choice("embedding_block_size", self.embedding_block_size, BLOCK_SIZES)
-        _check_choice("sensitive_bits", self.sensitive_bits, (8, 32))
         _check_share("sensitive_share", self.sensitive_share)
         _check_globs(self.skip)
 

@@ -14,6 +14,7 @@ import torch
 
 from gemini.errors import ExportError, VerificationError
 from gemini.export import graphs, verify
+from gemini.export.blame import running_modules
 from gemini.export.finish import finish
 from gemini.export.float_compute import float_compute
 from gemini.export.forms import LADDERS, Form
@@ -26,6 +27,10 @@ from gemini.export.twins.norm import OPSET as NORM_OPSET
 from gemini.export.twins.rotary import LONGEST_TABLE
 from gemini.export.twins.swap import twinned
 from gemini.model.checkpoint import Checkpoint
+
+
+class TraceFailure(Exception):
+    """A module that cannot be traced in this form."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,15 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path, progress: bool = Tru
             refused.append(f"{form}: {reason}")
         except (ExportError, OSError, KeyboardInterrupt):
             raise
-        except Exception as error:  # torch.export, the converter and onnxruntime raise dozens of kinds
+        except TraceFailure as failure:
+            refused.append(f"{form}: {failure}")
+        except Exception as error:  # onnxruntime and onnx_ir raise dozens of kinds
             refused.append(f"{form}: {_first_line(error)}")
         for leftover in folder.glob(f"{checkpoint.family}.onnx*"):
             leftover.unlink()
     raise ExportError(
-        f"{type(checkpoint.model).__name__} cannot be exported. {_blame(refused)}",
-        "Rewrite the part named above without data-dependent control flow, or report the architecture.",
+        f"{type(checkpoint.model).__name__} cannot be exported: {refused[-1].partition(': ')[2]}",
+        "Rewrite that module without data-dependent control flow, or report the architecture.",
     )
 
 
@@ -116,7 +123,13 @@ def _traced(checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape])
         else:
             graph = graphs.vision_graph(checkpoint)
         opset = NORM_OPSET if twins["NormTwin"] else LOWEST_OPSET
-        return trace(graph, opset), Counter(twins)
+        with running_modules(model) as running:
+            try:
+                return trace(graph, opset), Counter(twins)
+            except FormMismatch:
+                raise
+            except Exception as error:  # torch.export and the converter raise dozens of kinds
+                raise TraceFailure(f"{running.innermost()} fails with {_first_line(error)}") from error
 
 
 def _verified(path: Path, checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape]) -> verify.Verification:
@@ -165,6 +178,7 @@ def _facts(checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape]) 
         "embedding_dim": None if pooling is None else config.hidden_size,
         "pooling": None if pooling is None else pooling.mode,
         "normalize": None if pooling is None else pooling.normalize,
+        "pad_token_id": config.pad_token_id,
     }
 
 
@@ -180,11 +194,6 @@ def _by_component(sizes: dict[str, int], path: Path) -> dict[str, int]:
         totals[".".join(parts[:-1][-2:]) or "other"] += size
     totals["graph"] = path.stat().st_size
     return dict(totals.most_common())
-
-
-def _blame(refused: list[str]) -> str:
-    """The last refusal is the most telling: nothing of ours was left in the model then."""
-    return refused[-1] if refused else ""
 
 
 def _first_line(error: BaseException) -> str:

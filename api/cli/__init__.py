@@ -13,8 +13,10 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NoReturn
 
@@ -65,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
     try:
-        return _run(arguments, as_json)
+        with _termination_as_interrupt():
+            return _run(arguments, as_json)
     except SystemExit as leaving:  # --help
         return leaving.code if isinstance(leaving.code, int) else 2
     except BrokenPipeError:
@@ -74,6 +77,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except BaseException as error:
         return _report(explain(error), as_json)
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a command like Ctrl-C, so that half-written folders are removed on the way out."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: list[str], as_json: bool) -> int:

@@ -17,7 +17,7 @@ class EmbeddingTwin(nn.Module):
         self.register_buffer("data", table.qweight.reshape(table.num_embeddings, -1))
         self.register_buffer("scales", table.scales)
         self.register_buffer("zero_points", table.zero_points)
-        self.dim = table.embedding_dim
+        self.num_embeddings, self.dim = table.num_embeddings, table.embedding_dim
         self.scale_by = table.scale_by
         self.attributes = {
             "bits": table.bits,

@@ -131,7 +131,8 @@ def test_ctrl_c_ends_with_130_and_no_traceback(verb, capsys) -> None:
     assert err.startswith("error: Interrupted. ")
 
 
-def test_a_real_interrupt_signal_ends_with_130() -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_signal_ends_with_130(sent: signal.Signals) -> None:
     code = (
         "import sys, time, types, gemini.cli as cli\n"
         "fake = types.ModuleType('gemini.cli.fake')\n"
@@ -146,7 +147,7 @@ def test_a_real_interrupt_signal_ends_with_130() -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err == "error: Interrupted. Nothing was left half-written.\n"

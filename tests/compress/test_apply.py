@@ -9,10 +9,11 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from gemini.compress.apply import run_recipe
+from gemini.compress.apply import most_sensitive, run_recipe
 from gemini.compress.calibrate import collect_input_moments, watch_inputs
 from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedEmbedding, QuantizedLinear
 from gemini.compress.recipe import Recipe
+from gemini.compress.reports import LayerReport
 from gemini.compress.select import embedding_scale, select_layers
 from gemini.compress.specs import PerChannel, QuantizeInt4, QuantizeInt8, QuantizeNF4
 from gemini.errors import RecipeError
@@ -164,6 +165,31 @@ def test_relative_error_is_weighted_by_the_moments():
     layer = next(layer for layer in report.layers if layer.name == name)
     assert layer.relative_error == pytest.approx(expected, rel=1e-4)  # float32 sums
     assert report.calibration_windows == 3
+
+
+def test_the_most_sensitive_layers_get_8_bits_within_their_share():
+    plain = run(make_llama(), QuantizeInt4(block_size=32), calibration=make_windows())[0]
+    model = make_llama()
+    (report,) = run(model, QuantizeInt4(block_size=32, sensitive_share=0.1), calibration=make_windows())
+    linears = [layer for layer in plain.layers if layer.kind == "linear"]
+    worst = max(linears, key=lambda layer: layer.relative_error if layer.parameters < 64 * 80 else 0)
+    wide = [layer for layer in report.layers if layer.kind == "linear" and layer.bits == 8]
+    assert 0 < sum(layer.parameters for layer in wide) <= 0.1 * sum(layer.parameters for layer in linears)
+    assert worst.name in {layer.name for layer in wide}
+    assert isinstance(model.get_submodule(worst.name), QuantizedLinear)
+    assert model.get_submodule(worst.name).bits == 8
+    errors = {layer.name: layer.relative_error for layer in linears}
+    assert all(layer.relative_error < 0.05 * errors[layer.name] for layer in wide)
+
+
+def test_sensitive_layers_are_taken_by_error_while_they_fit():
+    def layer(name: str, parameters: int, error: float) -> LayerReport:
+        return LayerReport(name, "linear", 4, 32, False, parameters, parameters // 2, error)
+
+    layers = [layer("a", 10, 0.1), layer("b", 60, 0.4), layer("c", 20, 0.3), layer("d", 10, 0.3)]
+    assert most_sensitive(layers, 0.3) == ["c", "d"]  # b would exceed 30 of the 100 weights
+    assert most_sensitive(layers, 0.0) == []
+    assert most_sensitive(layers, 1.0) == ["b", "c", "d", "a"]
 
 
 def test_two_runs_give_identical_bytes():

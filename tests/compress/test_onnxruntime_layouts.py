@@ -1,4 +1,4 @@
-"""The packed buffers mean to onnxruntime what they mean to torch: one-node graphs against the module's forward."""
+"""The packed buffers mean to onnxruntime what they mean to torch: one-node graphs against ``forward``."""
 
 import numpy as np
 import onnxruntime as ort
@@ -9,9 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from gemini.compress.layers import Bnb4, Channels, Integers, make_linear, make_table
 
 
-def run_node(
-    op: str, inputs: dict, weights: list, attributes: dict, output_rank: int, nodes=()
-) -> np.ndarray:
+def run_node(op: str, inputs: dict, weights: list, attributes: dict, output_rank: int) -> np.ndarray:
     """Run one com.microsoft node; ``weights`` are the remaining inputs in order, None for an absent one."""
     names = [f"w{i}" if value is not None else "" for i, value in enumerate(weights)]
     while names and not names[-1]:

@@ -32,7 +32,7 @@ def make_importance(columns: int, seed: int = 1) -> torch.Tensor:
 
 def slow_dequantize(q, columns: int) -> np.ndarray:
     """(code - zero point) * scale, nibble by nibble, as the MatMulNBits specification words it."""
-    rows, blocks = q.scales.shape
+    rows = q.scales.shape[0]
     out = np.zeros((rows, columns), np.float32)
     for row in range(rows):
         for column in range(columns):
@@ -119,23 +119,23 @@ def test_search_is_never_worse_than_round_to_nearest(symmetric, bits):
     assert bool((found <= plain).all())
 
 
-@pytest.mark.parametrize(("symmetric", "slack"), [(True, 1.05), (False, 1.08)])
+@pytest.mark.parametrize(("symmetric", "slack"), [(True, 1.05), (False, 1.06)])
 def test_search_comes_near_the_best_of_a_dense_scan(symmetric, slack):
-    """An independent exhaustive scan (every zero point, 400 signed scales) bounds what any search could
+    """An independent exhaustive scan (every zero point, 200 signed scales) bounds what any search could
     reach.
 
-    ``slack``: the search must lie within 5 % (symmetric) or 8 % of the scan's mean error, twice what its
+    ``slack``: the search must lie within 5 % (symmetric) or 6 % of the scan's mean error, twice what its
     grid is known to lose; round to nearest is 20 % and more above it.
     """
-    weight, importance = make_weight(12, 64, seed=5).double(), make_importance(64).double()
+    weight, importance = make_weight(48, 64, seed=5).double(), make_importance(64).double()
     made = quantize(
         weight.float(), bits=4, block_size=64, symmetric=symmetric, search=True, importance=importance
     )
     found = ((made.dequantized().double() - weight).square() * importance).sum(1)
-    best = torch.full((12,), math.inf, dtype=torch.float64)
+    best = torch.full((48,), math.inf, dtype=torch.float64)
     largest = weight.abs().amax(1, keepdim=True)
     for zero in (8,) if symmetric else range(16):
-        for step in torch.linspace(-0.2, 0.2, 401, dtype=torch.float64):
+        for step in torch.linspace(-0.2, 0.2, 201, dtype=torch.float64):
             if step == 0:
                 continue
             scale = largest * step

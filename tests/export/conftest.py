@@ -1,0 +1,102 @@
+"""Tiny random models of many architectures, as checkpoints. Gains are random too: at 1 a wrong norm would pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers as tf
+
+from gemini.model.checkpoint import Checkpoint, Pooling
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+LAYERS = ["sliding_attention", "full_attention"]
+SMALL_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 101, "n_positions": 128}
+SMALL_BERT = {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocab_size": 101}
+
+DECODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED, head_dim=16)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**GROUPED)),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**GROUPED, head_dim=16)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**GROUPED, head_dim=16, sliding_window=4)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**SMALL_GPT, bos_token_id=1, eos_token_id=2)),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(
+        tf.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=4, layer_types=LAYERS)
+    ),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**GROUPED)),
+}
+ENCODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
+    "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES, num_labels=3)),
+    "distilbert": lambda: tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**SMALL_BERT)),
+    "roberta": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**SIZES)),
+}
+VISION: dict[str, Callable[[], tf.PreTrainedModel]] = {
+    "vit": lambda: tf.ViTForImageClassification(
+        tf.ViTConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+        )
+    ),
+}
+# Not in any list that the exporter was written for: unequal caches, interleaved rotary, alibi, no positions.
+OTHERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
+    "cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**GROUPED)),
+    "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**GROUPED)),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES)),
+    "bloom": lambda: tf.BloomForCausalLM(
+        tf.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=101, bos_token_id=1, eos_token_id=2)
+    ),
+}
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights large enough that logits differ clearly between tokens; gains around 1, none of them 1."""
+    generator = torch.Generator().manual_seed(1)
+    seen = set()
+    for parameter in model.parameters():
+        if parameter.data_ptr() not in seen:
+            seen.add(parameter.data_ptr())
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
+    return model.eval().requires_grad_(False)
+
+
+def as_checkpoint(model: tf.PreTrainedModel, family: str, pooling: Pooling | None = None) -> Checkpoint:
+    """A checkpoint around a model in memory, as load_checkpoint would make it."""
+    task = {"decoder": "text-generation", "encoder": "text-classification", "vision": "image-classification"}[family]
+    return Checkpoint(
+        name="tiny",
+        task="feature-extraction" if pooling else task,
+        family=family,
+        model=randomise(model),
+        tokenizer=None,
+        processor=None,
+        pooling=pooling,
+        context_length={"decoder": 128, "encoder": 120, "vision": None}[family],
+        source={"kind": "test", "name": "tiny", "sha256": "0" * 64},
+    )
+
+
+@pytest.fixture
+def make_checkpoint() -> Callable[..., Checkpoint]:
+    """name -> a tiny checkpoint of that architecture."""
+
+    def make(name: str, pooling: Pooling | None = None) -> Checkpoint:
+        for family, zoo in (("decoder", DECODERS | OTHERS), ("encoder", ENCODERS), ("vision", VISION)):
+            if name in zoo:
+                torch.manual_seed(0)
+                return as_checkpoint(zoo[name](), family, pooling)
+        raise KeyError(name)
+
+    return make

@@ -1,0 +1,139 @@
+"""Each fusion: what it makes, that numbers stay, and one case that it must refuse."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from gemini.export.fusions import layout, merge_projections, skip_norm
+from gemini.export.fusions.patterns import new_initializer
+
+F = onnx.TensorProto.FLOAT
+
+
+def _model(text: str) -> ir.Model:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>\n' + text
+    )
+    # The parser gives inner values no shape; the tracer does, and fusions rely on it.
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def _run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    data = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(None, feeds)
+
+
+def _ops(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+def test_opposite_transposes_vanish():
+    model = _model(
+        "g (float[a,b,4,2] x) => (float[a,b,4,2] y) "
+        "{ t = Transpose<perm=[0,2,1,3]>(x) u = Transpose<perm=[0,2,1,3]>(t) y = Relu(u) }"
+    )
+    assert layout.drop_transpose_pairs(model.graph) == 1
+    assert next(iter(model.graph)).op_type == "Transpose"  # now unread; the clean-up pass removes it
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 2)).astype(np.float32)
+    np.testing.assert_array_equal(_run(model, {"x": x})[0], np.maximum(x, 0))
+
+
+def test_transposes_that_do_not_cancel_stay():
+    model = _model(
+        "g (float[a,b,4,2] x) => (float[4,a,b,2] y) "
+        "{ t = Transpose<perm=[0,2,1,3]>(x) y = Transpose<perm=[1,0,2,3]>(t) }"
+    )
+    assert layout.drop_transpose_pairs(model.graph) == 0
+
+
+def test_reshape_by_known_symbols_becomes_constant():
+    model = _model(
+        "g (float[a,b,8] x, int64[4] s) => (float[a,b,2,4] y) { y = Reshape(x, s) }"
+    )
+    assert layout.fix_reshapes(model.graph) == 1
+    (shape,) = (v for v in model.graph.initializers.values())
+    assert shape.const_value.numpy().tolist() == [0, 0, 2, 4]
+
+
+def test_reshape_with_two_free_dimensions_stays_dynamic():
+    model = _model("g (float[a,b,8] x, int64[2] s) => (float[c,d] y) { y = Reshape(x, s) }")
+    assert layout.fix_reshapes(model.graph) == 0
+
+
+def _norm_model(addend: str = "float[a,b,8] r") -> ir.Model:
+    model = _model(
+        f"g (float[a,b,8] x, {addend}, float[8] w) => (float[a,b,8] y, float[a,b,8] z) "
+        "{ s = Add(x, r) n = RMSNormalization<axis=-1, epsilon=0.00001>(s, w) y = Relu(n) z = Neg(s) }"
+    )
+    return model
+
+
+def test_residual_addition_moves_into_the_norm_and_stays_readable():
+    plain, fused = _norm_model(), _norm_model()
+    assert skip_norm.fuse_skip_norm(fused.graph) == 1
+    assert _ops(fused) == {"SkipSimplifiedLayerNormalization": 1, "Relu": 1, "Neg": 1}
+    rng = np.random.default_rng(0)
+    feeds = {n: rng.standard_normal(s).astype(np.float32) for n, s in (("x", (2, 3, 8)), ("r", (2, 3, 8)), ("w", (8,)))}
+    for ours, theirs in zip(_run(fused, feeds), _run(plain, feeds), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)  # one float32 rounding in another order
+
+
+def test_broadcast_addition_is_no_residual():
+    model = _norm_model("float[8] r")
+    assert skip_norm.fuse_skip_norm(model.graph) == 0
+
+
+def _quantized(rng, n: int, k: int = 64, block: int = 32) -> dict[str, np.ndarray]:
+    return {
+        "w": rng.integers(0, 256, (n, k // block, block // 2), dtype=np.uint8),
+        "s": rng.standard_normal((n, k // block)).astype(np.float32),
+        "z": rng.integers(0, 256, (n, 1), dtype=np.uint8),
+    }
+
+
+def _gated(bits_of_up: int = 4) -> ir.Model:
+    rng = np.random.default_rng(0)
+    model = _model("g (float[1,3,64] x) => (float[1,3,16] y) { y = Relu(x) }")
+    graph = model.graph
+    relu = next(iter(graph))
+    products = []
+    for name, bits in (("gate", 4), ("up", bits_of_up)):
+        arrays = _quantized(rng, 16, block=32 if bits == 4 else 64)
+        if bits == 8:
+            arrays = {"w": rng.integers(0, 256, (16, 2, 32), dtype=np.uint8), "s": arrays["s"].repeat(2, 1)}
+        values = [new_initializer(graph, f"{name}.{key}", array) for key, array in arrays.items()]
+        attributes = {"K": 64, "N": 16, "bits": bits, "block_size": 32, "accuracy_level": 1}
+        node = ir.node("MatMulNBits", [graph.inputs[0], *values], attributes, domain="com.microsoft")
+        graph.insert_before(relu, node)
+        products.append(node.outputs[0])
+    gate = ir.node("Gelu", [products[0]])
+    product = ir.node("Mul", [gate.outputs[0], products[1]])
+    graph.insert_before(relu, [gate, product])
+    relu.replace_input_with(0, product.outputs[0])
+    return model
+
+
+def test_gate_and_up_become_one_product():
+    plain, merged = _gated(), _gated()
+    assert merge_projections.merge_siblings(merged.graph) == 1
+    assert _ops(merged) == {"MatMulNBits": 1, "Split": 1, "Gelu": 1, "Mul": 1, "Relu": 1}
+    x = np.random.default_rng(1).standard_normal((1, 3, 64)).astype(np.float32)
+    np.testing.assert_allclose(_run(merged, {"x": x})[0], _run(plain, {"x": x})[0], rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_different_width_are_not_merged():
+    model = _gated(bits_of_up=8)
+    assert merge_projections.merge_siblings(model.graph) == 0
+
+
+def test_name_that_exists_is_refused():
+    graph = _norm_model().graph
+    new_initializer(graph, "twice", np.ones(2, np.float32))
+    with pytest.raises(AssertionError):
+        new_initializer(graph, "twice", np.ones(2, np.float32))
