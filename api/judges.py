@@ -24,7 +24,7 @@ from gemini.model.checkpoint import Checkpoint
 from gemini.runtime import Embedder, ImageClassifier, TextClassifier, TextGenerator
 from gemini.runtime.tokenizer import TokenBatch
 
-WINDOW, WINDOWS = 512, 8
+WINDOW, WINDOWS = 512, 6
 SENTENCES = 300
 IMAGES = 64
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
@@ -101,6 +101,7 @@ class EncoderJudge:
 
     def _torch(self) -> NDArray[np.float32]:
         graph = encoder_graph(self.checkpoint)
+        assert self.checkpoint.tokenizer is not None
         rows = []
         for sentence in self.sentences:
             encoding = self.checkpoint.tokenizer(
@@ -193,5 +194,6 @@ def text_windows(
     checkpoint: Checkpoint, text: TextSource, count: int, window: int = WINDOW
 ) -> list[NDArray[np.int64]]:
     """The text as ``count`` token windows (1, window) int64, at most the model's context long."""
+    assert checkpoint.tokenizer is not None
     ids = checkpoint.tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
     return token_windows(ids, min(window, checkpoint.context_length or window), count)

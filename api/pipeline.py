@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from gemini.benchmarks.report import to_plain, write_report
 from gemini.benchmarks.resources import peak_rss_mb
 from gemini.benchmarks.text import TextSource, default_text, read_text
 from gemini.compress.apply import run_recipe
+from gemini.compress.dense import dense_weights
 from gemini.compress.recipe import Recipe, load_recipe
+from gemini.compress.specs import QuantizeInt4
 from gemini.errors import GateError
 from gemini.export.bundle import check_output, commit, describe, staging, write_companions, write_manifest
 from gemini.export.exporter import export_checkpoint
 from gemini.judges import Judge, make_judge, text_windows
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
 
-CALIBRATION_WINDOWS, CALIBRATION_WINDOW = 16, 256
+CALIBRATION_WINDOWS, CALIBRATION_WINDOW = 12, 256
 
 
 def compress_model(
@@ -66,7 +68,8 @@ def compress_model(
         if plain is not None:
             with stages("measure round-to-nearest"), restored(checkpoint):
                 run_recipe(checkpoint, plain, None, progress)
-                nearest = judge.score_torch()
+                with dense_weights(checkpoint.model):
+                    nearest = judge.score_torch()
         with stages("compress"):
             passes = run_recipe(checkpoint, chosen, windows, progress)
         with stages("export and verify"):
@@ -171,20 +174,12 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource) -> li
 
 
 def round_to_nearest(recipe: Recipe) -> Recipe | None:
-    """The same bits and blocks without any search; None if the recipe does not search."""
+    """The same bits and blocks without search or promoted layers; None if the recipe has neither."""
     specs = tuple(
-        replace(spec, **{f.name: False for f in fields(spec) if f.name == "search"}, **_no_promotion(spec))
+        replace(spec, search=False, sensitive_share=0.0) if isinstance(spec, QuantizeInt4) else spec
         for spec in recipe.specs
     )
-    return (
-        None
-        if specs == recipe.specs
-        else replace(recipe, name=f"{recipe.name}, round to nearest", specs=specs)
-    )
-
-
-def _no_promotion(spec: Any) -> dict[str, Any]:
-    return {"sensitive_share": 0.0} if hasattr(spec, "sensitive_share") else {}
+    return None if specs == recipe.specs else replace(recipe, name=f"{recipe.name}, nearest", specs=specs)
 
 
 @contextmanager

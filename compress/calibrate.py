@@ -5,6 +5,7 @@ This file is the only place in compress/ that puts hooks on a model, and it remo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -60,11 +61,14 @@ def collect_input_moments(
     taken one at a time and nothing but the sums is kept. A layer that no window reaches is absent from the
     result.
     """
+    # The head is the largest product of a small language model and not among the layers watched.
+    takes_shortcut = "logits_to_keep" in inspect.signature(model.forward).parameters
+    shortcut = {"logits_to_keep": 1} if takes_shortcut else {}
     with watch_inputs(model, names) as moments, torch.no_grad():
         for window in tqdm(
             windows, desc="calibrate", unit="window", delay=2, leave=False, disable=not progress
         ):
-            model(**as_feed(window))
+            model(**as_feed(window), **shortcut)
     means = {name: moment.mean() for name, moment in moments.items()}
     return {name: mean for name, mean in means.items() if mean is not None}
 

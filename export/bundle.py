@@ -34,9 +34,13 @@ def check_output(output: Path, force: bool) -> None:
         return
     empty = not any(output.iterdir())
     if not empty and not (output / MANIFEST_NAME).is_file():
-        raise BundleError(f"{output} exists and holds something that is not a bundle.", "Choose another --output.")
+        raise BundleError(
+            f"{output} exists and holds something that is not a bundle.", "Choose another --output."
+        )
     if not force and not empty:
-        raise BundleError(f"{output} already holds a bundle.", "Add --force to replace it, or choose another --output.")
+        raise BundleError(
+            f"{output} already holds a bundle.", "Add --force to replace it, or choose another --output."
+        )
 
 
 @contextmanager

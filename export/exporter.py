@@ -10,8 +10,8 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-import torch
 
+from gemini.compress.dense import dense_weights
 from gemini.errors import ExportError, VerificationError
 from gemini.export import graphs, verify
 from gemini.export.blame import running_modules
@@ -91,7 +91,7 @@ def _export_form(
     operators = check_operators(model)
     path, data = folder / f"{name}.onnx", folder / f"{name}.onnx.data"
     sizes = write_weights(model, data, progress)
-    with float_compute(model):
+    with float_compute(model), dense_weights(checkpoint.model):
         write_graph(model, path)
         verification = _verified(path, checkpoint, form, layers)
     write_graph(model, path)
@@ -111,7 +111,9 @@ def _export_form(
     )
 
 
-def _traced(checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape]) -> tuple[ir.Model, Counter[str]]:
+def _traced(
+    checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape]
+) -> tuple[ir.Model, Counter[str]]:
     model = checkpoint.model
     head = model.get_output_embeddings() if checkpoint.family == "decoder" else None
     sample = graphs.sample_inputs(checkpoint)
@@ -132,7 +134,9 @@ def _traced(checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape])
                 raise TraceFailure(f"{running.innermost()} fails with {_first_line(error)}") from error
 
 
-def _verified(path: Path, checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape]) -> verify.Verification:
+def _verified(
+    path: Path, checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape]
+) -> verify.Verification:
     if checkpoint.family == "decoder":
         return verify.verify_decoder(path, checkpoint, form, layers)
     if checkpoint.family == "encoder":
@@ -145,7 +149,9 @@ def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(os.fspath(path))
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"The onnx checker refuses the graph: {_first_line(error)}", "Please report this.") from error
+        raise ExportError(
+            f"The onnx checker refuses the graph: {_first_line(error)}", "Please report this."
+        ) from error
 
 
 def _facts(checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape]) -> dict[str, Any]:

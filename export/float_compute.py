@@ -19,8 +19,8 @@ FLOAT32 = 1
 def float_compute(model: ir.Model) -> Iterator[None]:
     """While the block runs, products with quantized weights compute in float32; then the graph is as before.
 
-        MatMulNBits(accuracy_level=4)      ->  MatMulNBits(accuracy_level=1)
-        DynamicQuantizeMatMul(x, W, s, z)  ->  MatMul(x, DequantizeLinear(W, s, z))
+    MatMulNBits(accuracy_level=4)      ->  MatMulNBits(accuracy_level=1)
+    DynamicQuantizeMatMul(x, W, s, z)  ->  MatMul(x, DequantizeLinear(W, s, z))
     """
     blockwise = [n for n in model.graph if n.op_type == "MatMulNBits"]
     levels = [n.attributes["accuracy_level"].as_int() for n in blockwise]

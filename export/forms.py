@@ -27,7 +27,9 @@ class Form:
         return self.attention == "grouped"
 
     def __str__(self) -> str:
-        return f"{self.attention} attention, {self.rotary} rotary, {'fused' if self.norms else 'traced'} norms"
+        return (
+            f"{self.attention} attention, {self.rotary} rotary, {'fused' if self.norms else 'traced'} norms"
+        )
 
 
 DECODER_FORMS = (

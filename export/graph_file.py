@@ -47,7 +47,13 @@ def write_weights(model: ir.Model, data: Path, progress: bool = False) -> dict[s
                 assert first.offset is not None
                 offset = first.offset
             external = ir.ExternalTensor(
-                data.name, offset, len(raw), tensor.dtype, shape=tensor.shape, name=value.name, base_dir=data.parent
+                data.name,
+                offset,
+                len(raw),
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name,
+                base_dir=data.parent,
             )
             stored.setdefault(digest, external)
             value.const_value = external

@@ -16,7 +16,6 @@ from torch import nn
 from torch.export import Dim
 
 from gemini.errors import ExportError
-from gemini.export.forms import Form
 from gemini.export.trace_state import TraceState
 from gemini.export.twins.cache import GraphCache, Pair
 from gemini.export.twins.head import gather_positions
@@ -74,9 +73,7 @@ class DecoderGraph(nn.Module):
             logits = gather_positions(logits, logit_positions)
         return logits, cache.present
 
-    def _positions(
-        self, input_ids: torch.Tensor, seqlens_k: torch.Tensor, cache: GraphCache
-    ) -> torch.Tensor:
+    def _positions(self, input_ids: torch.Tensor, seqlens_k: torch.Tensor, cache: GraphCache) -> torch.Tensor:
         """(B, S): a prefill starts at 0 in every row, a step at the row's own length.
 
         In a right-padded prefill seqlens_k + 1 - S is negative for the shorter rows, hence the clamp. The length
@@ -168,7 +165,9 @@ def cache_layers(checkpoint: Checkpoint) -> list[LayerShape]:
     return [LayerShape(k.keys.shape[1], k.keys.shape[3], k.values.shape[3]) for k in layers]
 
 
-def decoder_graph(checkpoint: Checkpoint, state: TraceState, layers: list[LayerShape], head_picks: bool) -> Graph:
+def decoder_graph(
+    checkpoint: Checkpoint, state: TraceState, layers: list[LayerShape], head_picks: bool
+) -> Graph:
     """input_ids, seqlens_k, total_sequence_length, logit_positions, past -> logits, present."""
     batch, length, past = 2, 3, 5
     ids = sample_inputs(checkpoint, batch, length)["input_ids"]
@@ -184,7 +183,13 @@ def decoder_graph(checkpoint: Checkpoint, state: TraceState, layers: list[LayerS
         "past": pairs,
     }
     b, s, p, n = (Dim(name) for name in ("batch", "sequence", "past", "positions"))
-    shapes = ({0: b, 1: s}, {0: b}, {}, {0: b, 1: n}, [({0: b, 2: p}, {0: b, 2: p}) for _ in layers])
+    shapes: tuple[Any, ...] = (
+        {0: b, 1: s},
+        {0: b},
+        {},
+        {0: b, 1: n},
+        [({0: b, 2: p}, {0: b, 2: p}) for _ in layers],
+    )
     caches = [f"{i}.{part}" for i in range(len(layers)) for part in ("key", "value")]
     return Graph(
         "decoder",
@@ -205,7 +210,12 @@ def encoder_graph(checkpoint: Checkpoint) -> Graph:
     axes = {0: Dim("batch"), 1: Dim("sequence")}
     module = EncoderGraph(checkpoint.model, names, reduce).eval()
     return Graph(
-        "encoder", module, inputs, (tuple(axes for _ in names),), names, ["logits" if pooling is None else "embedding"]
+        "encoder",
+        module,
+        inputs,
+        (tuple(axes for _ in names),),
+        names,
+        ["logits" if pooling is None else "embedding"],
     )
 
 

@@ -75,7 +75,7 @@ def _is_function(node: ir.Node, version: int) -> bool:
         schema = onnx.defs.get_schema(node.op_type, version, "" if node.domain == "ai.onnx" else node.domain)
     except onnx.defs.SchemaError:
         return False
-    return bool(schema.has_function or schema.has_context_dependent_function)
+    return any(bool(getattr(schema, name)) for name in ("has_function", "has_context_dependent_function"))
 
 
 def _types_fit(node: ir.Node, domain: str, version: int, constraints: dict[str, list[str]]) -> bool:

@@ -57,7 +57,8 @@ def current_trace() -> TraceState:
     """The state of the running trace."""
     if not _current:
         raise ExportError(
-            "The exporter's attention was called outside an export.", "Load the checkpoint again before using it in torch."
+            "The exporter's attention was called outside an export.",
+            "Load the checkpoint again before using it in torch.",
         )
     return _current[-1]
 

@@ -23,19 +23,54 @@ def trace(graph: Graph, opset: int = LOWEST_OPSET) -> ir.Model:
     """Trace a graph once; raises whatever torch.export or the converter raise."""
     with torch.no_grad(), _quiet():
         program = _exported(graph)
-        onnx_program = torch.onnx.export(
-            program,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=opset,
-            input_names=graph.input_names,
-            output_names=graph.output_names,
-        )
-    model = onnx_program.model
+        _unify_casts(program)
+        try:
+            with _without_decomposition():
+                model = _converted(program, graph, opset)
+        except Exception:  # some operator exists only in decomposed form; the converter raises many kinds
+            model = _converted(program, graph, opset)
     model.producer_name, model.producer_version = "gemini-edge", None
     model.doc_string = None
     return model
+
+
+def _converted(program: torch.export.ExportedProgram, graph: Graph, opset: int) -> ir.Model:
+    converted = torch.onnx.export(
+        program,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        opset_version=opset,
+        input_names=graph.input_names,
+        output_names=graph.output_names,
+    )
+    assert converted is not None
+    return converted.model
+
+
+def _unify_casts(program: torch.export.ExportedProgram) -> None:
+    """Every spelling of ``x.to(...)`` as the one operator that the converter has a rule for."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "overloadpacket", None) is torch.ops.aten.to:
+            node.target = torch.ops.aten._to_copy.default
+            node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
+
+
+@contextlib.contextmanager
+def _without_decomposition() -> Iterator[None]:
+    """Convert the traced operators as they are.
+
+    The converter first decomposes what it has no rule for, by tracing the whole program again: more than half of
+    an export's time, and for nothing where every operator has a rule. There is no public switch.
+    """
+    from torch.onnx._internal.exporter import _fx_passes
+
+    original = _fx_passes.decompose_with_registry
+    _fx_passes.decompose_with_registry = lambda program, registry: program
+    try:
+        yield
+    finally:
+        _fx_passes.decompose_with_registry = original
 
 
 def _exported(graph: Graph) -> torch.export.ExportedProgram:

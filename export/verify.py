@@ -1,7 +1,7 @@
 """Compare an exported graph with the torch module that it came from.
 
-The graph runs in float32 arithmetic (see float_compute) with onnxruntime and numpy feeds, over the shapes that
-serving meets: prefill of unequal rows, several decode steps, a chunk of one sequence, one token.
+The graph runs in float32 arithmetic (see float_compute) with onnxruntime and numpy feeds, over the shapes
+that serving meets: prefill of unequal rows, several decode steps, a chunk of one sequence, one token.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gemini.model.checkpoint import Checkpoint
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-# Largest difference of logits allowed, relative to the largest logit (at least 1): float32 sums in another order
-# over a few dozen layers differ by some 1e-5; every real mistake that we have met was above 1e-2.
+# Largest difference of logits allowed, relative to the largest logit (at least 1): float32 sums in another
+# order over a few dozen layers differ by some 1e-5; every real mistake that we have met was above 1e-2.
 TOLERANCE = 1e-3
 STEPS = 3
 GREEDY = 8
@@ -61,7 +61,9 @@ class Verification:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "largest_difference": self.largest_difference}
 
-    def record(self, name: str, shape: tuple[int, int, int], actual: np.ndarray, expected: np.ndarray) -> None:
+    def record(
+        self, name: str, shape: tuple[int, int, int], actual: np.ndarray, expected: np.ndarray
+    ) -> None:
         """Add a case; VerificationError if it is out of tolerance."""
         difference = float(np.abs(actual - expected).max())
         case = Case(name, *shape, difference, float(np.abs(expected).max()))
@@ -113,7 +115,7 @@ def verify_decoder(path: Path, checkpoint: Checkpoint, form: Form, layers: list[
 
 
 def _verify_greedy(run: _Run, checkpoint: Checkpoint, prompt: np.ndarray, logits: np.ndarray) -> int:
-    """Generate with the graph, then let torch score the whole text: its best token must be the same everywhere."""
+    """Generate with the graph, then let torch score the text: its best tokens must be the same."""
     tokens = list(prompt)
     for _ in range(GREEDY):
         tokens.append(int(logits.argmax()))
@@ -160,7 +162,9 @@ def _torch_logits(checkpoint: Checkpoint, row: np.ndarray) -> np.ndarray:
         return checkpoint.model(input_ids=torch.from_numpy(row[None])).logits[0].float().numpy()
 
 
-def verify_encoder(path: Path, checkpoint: Checkpoint, form: Form, reference: torch.nn.Module) -> Verification:
+def verify_encoder(
+    path: Path, checkpoint: Checkpoint, form: Form, reference: torch.nn.Module
+) -> Verification:
     """Batches of one and three, with and without padding; ``reference`` pools as the graph does."""
     verification = Verification(str(form))
     session = open_graph(path)

@@ -35,6 +35,9 @@ def fuse(model: ir.Model) -> dict[str, int]:
     for fusion in FUSIONS:
         counts[fusion.__name__] = counts.get(fusion.__name__, 0) + fusion(model.graph)
         common.RemoveUnusedNodesPass()(model)
-    for tidy in (common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), common.TopologicalSortPass()):
+    for tidy in (
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.TopologicalSortPass(),
+    ):
         tidy(model)
     return counts

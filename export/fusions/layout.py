@@ -1,18 +1,28 @@
 """Drop data movement that cancels out.
 
-    Transpose(p) -> Transpose(q), p∘q = identity        ->  (nothing)
-    Reshape -> Reshape                                  ->  Reshape
-    Reshape to the shape that the input has             ->  (nothing)
-    Slice from 0 to the end, Identity, Cast to its own type, Expand to its own shape -> (nothing)
-    Reshape by a computed shape, one free dimension     ->  Reshape by a constant (0 copies, -1 infers)
+Transpose(p) -> Transpose(q), p∘q = identity        ->  (nothing)
+Reshape -> Reshape                                  ->  Reshape
+Reshape to the shape that the input has             ->  (nothing)
+Slice from 0 to the end, Identity, Cast to its own type, Expand to its own shape -> (nothing)
+Reshape by a computed shape, one free dimension     ->  Reshape by a constant (0 copies, -1 infers)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
-from gemini.export.fusions.patterns import constant, dims, insert, new_initializer, produced_by, replace
+from gemini.export.fusions.patterns import (
+    constant,
+    dims,
+    first_input,
+    insert,
+    new_initializer,
+    produced_by,
+    replace,
+)
 
 END = np.iinfo(np.int64).max
 
@@ -26,7 +36,7 @@ def drop_transpose_pairs(graph: ir.Graph) -> int:
             continue
         p, q = (n.attributes["perm"].as_ints() for n in (first, node))
         if [p[i] for i in q] == list(range(len(p))):
-            replace(node.outputs[0], first.inputs[0])
+            replace(node.outputs[0], first_input(first))
             count += 1
     return count
 
@@ -36,7 +46,7 @@ def drop_no_ops(graph: ir.Graph) -> int:
     count = 0
     for node in graph:
         if node.op_type in _NO_OP and not node.domain and _NO_OP[node.op_type](node):
-            source = node.inputs[0]
+            source = first_input(node)
             if source.producer() is None and node.outputs[0].is_graph_output():
                 continue  # a graph output must be made by a node
             replace(node.outputs[0], source)
@@ -59,17 +69,19 @@ def _whole_slice(node: ir.Node) -> bool:
 
 def _folded(value: ir.Value | None) -> ir.Value | None:
     """Look through the Cast and Reshape chains that the converter wraps around constant indices."""
-    while value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Reshape"):
+    while (
+        value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Reshape")
+    ):
         value = node.inputs[0]
     return value
 
 
 def _own_type(node: ir.Node) -> bool:
-    source = node.inputs[0]
+    source = first_input(node)
     return source.type is not None and source.type.dtype == ir.DataType(node.attributes["to"].as_int())
 
 
-_NO_OP = {
+_NO_OP: dict[str, Callable[[ir.Node], bool]] = {
     "Identity": lambda node: True,
     "Reshape": _same_shape,
     "Expand": _same_shape,

@@ -16,7 +16,15 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from gemini.export.fusions.patterns import CONTRIB, constant, insert, new_initializer, only_user, produced_by, replace
+from gemini.export.fusions.patterns import (
+    CONTRIB,
+    constant,
+    insert,
+    new_initializer,
+    only_user,
+    produced_by,
+    replace,
+)
 
 MATMUL = "MatMulNBits"
 
@@ -56,7 +64,9 @@ def merge_siblings(graph: ir.Graph) -> int:
         if merged is None:
             continue
         lengths = new_initializer(graph, f"{merged.outputs[0].name}/split", np.asarray(sizes, dtype=np.int64))
-        split = insert(gate, "Split", [merged.outputs[0], lengths], {"axis": -1}, [gate.outputs[0], up.outputs[0]])
+        split = insert(
+            gate, "Split", [merged.outputs[0], lengths], {"axis": -1}, [gate.outputs[0], up.outputs[0]]
+        )
         for old, new in zip((gate, up), split.outputs, strict=True):
             replace(old.outputs[0], new)
         graph.remove([gate, up], safe=True)
@@ -80,7 +90,9 @@ def _merge(graph: ir.Graph, nodes: Sequence[ir.Node], before: ir.Node) -> ir.Nod
     """One MatMulNBits whose rows are those of ``nodes`` in order; None if they differ in kind."""
     if any(n.inputs[0] is not nodes[0].inputs[0] for n in nodes):
         return None
-    kinds = {tuple(n.attributes[a].as_int() for a in ("K", "bits", "block_size", "accuracy_level")) for n in nodes}
+    kinds = {
+        tuple(n.attributes[a].as_int() for a in ("K", "bits", "block_size", "accuracy_level")) for n in nodes
+    }
     slots = {tuple(v is not None for v in _padded(n)) for n in nodes}
     if len(kinds) != 1 or len(slots) != 1:
         return None

@@ -19,6 +19,13 @@ def only_user(value: ir.Value | None) -> ir.Node | None:
     return next(iter(readers)) if len(readers) == 1 else None
 
 
+def first_input(node: ir.Node) -> ir.Value:
+    """The value that a node works on; every node that fusions look at has one."""
+    value = node.inputs[0]
+    assert value is not None, node
+    return value
+
+
 def produced_by(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node | None:
     """The node of this type that makes a value; None if something else does."""
     node = None if value is None else value.producer()

@@ -49,8 +49,8 @@ def fuse_skip_norm(graph: ir.Graph) -> int:
 
 def _over_last_axis(node: ir.Node) -> bool:
     axis = node.attributes.get("axis")
-    rank = None if node.inputs[0].shape is None else len(node.inputs[0].shape)
-    return rank == 3 and (axis is None or axis.as_int() in (-1, 2))
+    shape = dims(node.inputs[0])
+    return shape is not None and len(shape) == 3 and (axis is None or axis.as_int() in (-1, 2))
 
 
 def _is_residual(add: ir.Node) -> bool:

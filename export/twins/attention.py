@@ -85,7 +85,10 @@ def _grouped(
         inputs += [rotary.cos, rotary.sin]
     present = (batch, key.shape[1], cache.past_length + length, dim)
     output, keys, values = emit_many(
-        f"{CONTRIB}::GroupQueryAttention", inputs, attributes, ((batch, length, heads * dim), present, present)
+        f"{CONTRIB}::GroupQueryAttention",
+        inputs,
+        attributes,
+        ((batch, length, heads * dim), present, present),
     )
     cache.present[layer] = (keys, values)
     return output.view(batch, length, heads, dim)

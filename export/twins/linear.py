@@ -88,7 +88,9 @@ class FloatTwin(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         attributes = {"transA": 0, "transB": int(self.transposed), "alpha": 1.0}
-        product = emit(f"{CONTRIB}::FusedMatMul", (x, self.weight), attributes, (*x.shape[:-1], self.out_features))
+        product = emit(
+            f"{CONTRIB}::FusedMatMul", (x, self.weight), attributes, (*x.shape[:-1], self.out_features)
+        )
         return product if self.bias is None else product + self.bias
 
 

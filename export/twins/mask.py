@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,13 +57,23 @@ for _name in ("lt", "le", "gt", "ge"):
     setattr(_Index, f"__{_name}__", _closed(f"__{_name}__"))
 
 
+def _in_window(window: int, query: int, key: int) -> bool:
+    return query - window < key <= query
+
+
 def read_mask(
-    *, mask_function: Callable[..., Any], attention_mask: torch.Tensor | None = None, config: Any = None, **_: Any
+    *,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None = None,
+    config: Any = None,
+    **_: Any,
 ) -> MaskMeaning:
     """The mask filler that transformers' registry calls."""
-    windows = {getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")}
+    windows = {
+        getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")
+    }
     for window in sorted(w for w in windows if isinstance(w, int) and w > 0):
-        if _agrees(mask_function, lambda q, k, w=window: q - w < k <= q, reach=window):
+        if _agrees(mask_function, partial(_in_window, window), reach=window):
             return MaskMeaning(True, window, attention_mask)
     if _agrees(mask_function, lambda q, k: k <= q):
         return MaskMeaning(True, None, attention_mask)
@@ -74,10 +85,17 @@ def read_mask(
 def _agrees(function: Callable[..., Any], rule: Callable[[int, int], bool], reach: int = 8) -> bool:
     far = 2 * reach + 16
     queries = (0, 1, 5, reach, far)
-    keys = sorted({0, 1, 2, 5, 7, reach - 1, reach, reach + 1, far - reach, far - reach + 1, far - 1, far, far + 1})
+    keys = sorted(
+        {0, 1, 2, 5, 7, reach - 1, reach, reach + 1, far - reach, far - reach + 1, far - 1, far, far + 1}
+    )
     zero = _Index(0)
     try:
-        answers = [bool(function(zero, zero, _Index(q), _Index(k))) == rule(q, k) for q in queries for k in keys if k >= 0]
+        answers = [
+            bool(function(zero, zero, _Index(q), _Index(k))) == rule(q, k)
+            for q in queries
+            for k in keys
+            if k >= 0
+        ]
     except Exception:  # a mask that looks at tokens or tensors cannot be asked about plain positions
         return False
     return all(answers)

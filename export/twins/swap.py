@@ -21,7 +21,11 @@ from gemini.export.twins.rotary import LONGEST_TABLE, RotaryTwin, is_rotary_modu
 
 @contextmanager
 def twinned(
-    model: nn.Module, form: Form, context_length: int | None, sample: dict[str, torch.Tensor], head: nn.Module | None
+    model: nn.Module,
+    form: Form,
+    context_length: int | None,
+    sample: dict[str, torch.Tensor],
+    head: nn.Module | None,
 ) -> Iterator[Counter[str]]:
     """Replace everything that has a better operator in this form; yields how many of each twin there are.
 

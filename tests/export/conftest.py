@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, as checkpoints. Gains are random too: at 1 a wrong norm would pass."""
+"""Tiny random models of many architectures. Gains are random too: at 1 a wrong norm would pass."""
 
 from __future__ import annotations
 
@@ -45,7 +45,12 @@ ENCODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
 VISION: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "vit": lambda: tf.ViTForImageClassification(
         tf.ViTConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
         )
     ),
 }
@@ -74,7 +79,9 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 
 def as_checkpoint(model: tf.PreTrainedModel, family: str, pooling: Pooling | None = None) -> Checkpoint:
     """A checkpoint around a model in memory, as load_checkpoint would make it."""
-    task = {"decoder": "text-generation", "encoder": "text-classification", "vision": "image-classification"}[family]
+    task = {"decoder": "text-generation", "encoder": "text-classification", "vision": "image-classification"}[
+        family
+    ]
     return Checkpoint(
         name="tiny",
         task="feature-extraction" if pooling else task,

@@ -1,4 +1,4 @@
-"""Every architecture exports with the same code and computes what torch computes, prefill, steps and padding."""
+"""Every architecture exports with the same code and computes what torch computes."""
 
 from pathlib import Path
 

@@ -17,7 +17,9 @@ def test_wrong_rotary_layout_is_refused_by_numbers(make_checkpoint, tmp_path, mo
     from gemini.export.twins import rotary
 
     checkpoint = make_checkpoint("llama")
-    monkeypatch.setattr(rotary, "pair_layout", lambda function: True)  # claims interleaved; llama is half-split
+    monkeypatch.setattr(
+        rotary, "pair_layout", lambda function: True
+    )  # claims interleaved; llama is half-split
     exported = exporter.export_checkpoint(checkpoint, tmp_path, progress=False)
     assert exported.form == DECODER_FORMS[1]
     assert "differs from torch" in exported.refused[0]

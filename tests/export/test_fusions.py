@@ -15,9 +15,7 @@ F = onnx.TensorProto.FLOAT
 
 
 def _model(text: str) -> ir.Model:
-    proto = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>\n' + text
-    )
+    proto = onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>\n' + text)
     # The parser gives inner values no shape; the tracer does, and fusions rely on it.
     return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
@@ -53,9 +51,7 @@ def test_transposes_that_do_not_cancel_stay():
 
 
 def test_reshape_by_known_symbols_becomes_constant():
-    model = _model(
-        "g (float[a,b,8] x, int64[4] s) => (float[a,b,2,4] y) { y = Reshape(x, s) }"
-    )
+    model = _model("g (float[a,b,8] x, int64[4] s) => (float[a,b,2,4] y) { y = Reshape(x, s) }")
     assert layout.fix_reshapes(model.graph) == 1
     (shape,) = (v for v in model.graph.initializers.values())
     assert shape.const_value.numpy().tolist() == [0, 0, 2, 4]
@@ -79,7 +75,10 @@ def test_residual_addition_moves_into_the_norm_and_stays_readable():
     assert skip_norm.fuse_skip_norm(fused.graph) == 1
     assert _ops(fused) == {"SkipSimplifiedLayerNormalization": 1, "Relu": 1, "Neg": 1}
     rng = np.random.default_rng(0)
-    feeds = {n: rng.standard_normal(s).astype(np.float32) for n, s in (("x", (2, 3, 8)), ("r", (2, 3, 8)), ("w", (8,)))}
+    feeds = {
+        n: rng.standard_normal(s).astype(np.float32)
+        for n, s in (("x", (2, 3, 8)), ("r", (2, 3, 8)), ("w", (8,)))
+    }
     for ours, theirs in zip(_run(fused, feeds), _run(plain, feeds), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)  # one float32 rounding in another order
 
