@@ -1,7 +1,7 @@
 """Judges: what "accuracy" means for each family, measured the same way before and after compression.
 
-A judge is made once from the fp32 checkpoint; its reference answers are recorded then, so the fp32 model need not
-stay. Later it scores the torch model again (round-to-nearest) or a loaded bundle.
+A judge is made once from the fp32 checkpoint; its reference answers are recorded then, so the fp32 model
+need not stay. Later it scores the torch model again (round-to-nearest) or a loaded bundle.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gemini.model.checkpoint import Checkpoint
 from gemini.runtime import Embedder, ImageClassifier, TextClassifier, TextGenerator
 from gemini.runtime.tokenizer import TokenBatch
 
-WINDOW, WINDOWS = 512, 6
+WINDOW, WINDOWS = 512, 4
 SENTENCES = 300
 IMAGES = 64
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
@@ -140,7 +140,8 @@ class EncoderJudge:
 
 
 class ImageJudge:
-    """Class logits of seeded synthetic pictures: smooth colour fields with noise, the spectrum of real images."""
+    """Class logits of seeded synthetic pictures: smooth colour fields with noise, the spectrum of real
+    images."""
 
     metric = "agreement"
 

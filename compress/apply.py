@@ -18,7 +18,15 @@ from gemini.compress.layers import Bnb4, Channels, Integers, make_linear, make_t
 from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
 from gemini.compress.select import Selection, select_layers, weight_of
-from gemini.compress.specs import PerBlock, QuantizeInt4, QuantizeInt8, QuantizeNF4, Spec
+from gemini.compress.specs import (
+    ByFamily,
+    PerBlock,
+    PerChannel,
+    QuantizeInt4,
+    QuantizeInt8,
+    QuantizeNF4,
+    Spec,
+)
 from gemini.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -84,6 +92,7 @@ def run_recipe(
     reports = []
     for spec in recipe.specs:
         start = time.perf_counter()
+        spec = settled(spec, checkpoint.family)
         report = PASSES[type(spec)](checkpoint.model, spec, calibration or (), progress)
         if not report.layers:
             first = f": {report.skipped[0].name}, {report.skipped[0].reason}" if report.skipped else ""
@@ -92,6 +101,13 @@ def run_recipe(
             )
         reports.append(replace(report, seconds=time.perf_counter() - start))
     return reports
+
+
+def settled(spec: Spec, family: str) -> Spec:
+    """The spec with every choice that depends on the family of the model made."""
+    if not isinstance(spec, QuantizeInt8) or not isinstance(spec.granularity, ByFamily):
+        return spec
+    return replace(spec, granularity=PerBlock() if family == "decoder" else PerChannel())
 
 
 def _edit(

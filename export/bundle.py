@@ -95,7 +95,8 @@ def _flush(file: Path) -> None:
 
 
 def write_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """tokenizer.json and chat_template.jinja, or preprocessor.json: what the runtime needs beside the graph."""
+    """tokenizer.json and chat_template.jinja, or preprocessor.json: what the runtime needs beside the
+    graph."""
     if checkpoint.tokenizer is not None:
         backend = checkpoint.tokenizer.backend_tokenizer
         # A batch that was tokenized earlier leaves its padding behind; the runtime pads by itself.

@@ -51,7 +51,8 @@ class Exported:
 
 
 def export_checkpoint(checkpoint: Checkpoint, folder: Path, progress: bool = True) -> Exported:
-    """Write the checkpoint's graph and weights into ``folder`` (which exists); torch's module is left as it was.
+    """Write the checkpoint's graph and weights into ``folder`` (which exists); torch's module is left as it
+    was.
 
     Raises ExportError when no form of the ladder can express the model, with the reason of each refusal.
     """

@@ -1,7 +1,7 @@
 """Forms: the ways in which a model's attention, rotary embedding and norms can be written as operators.
 
-Each family has a ladder of forms, fastest first. The exporter takes the first form whose graph traces and whose
-numbers match torch; no form and no rung knows the name of an architecture.
+Each family has a ladder of forms, fastest first. The exporter takes the first form whose graph traces and
+whose numbers match torch; no form and no rung knows the name of an architecture.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Write a graph and its weights: small tensors inside the .onnx file, large ones aligned in one data file.
 
-Tensors with equal bytes are stored once, whatever their shapes, so a head tied to an embedding costs nothing. The
-order is that of the graph, so equal graphs give equal files.
+Tensors with equal bytes are stored once, whatever their shapes, so a head tied to an embedding costs
+nothing. The order is that of the graph, so equal graphs give equal files.
 
 Source: ONNX external data, "location", "offset" and "length" keys of TensorProto.external_data.
 """
@@ -21,7 +21,8 @@ INLINE_BYTES = 1024
 
 
 def write_weights(model: ir.Model, data: Path, progress: bool = False) -> dict[str, int]:
-    """Write every large initializer into ``data`` and point the model at it; returns bytes by initializer name.
+    """Write every large initializer into ``data`` and point the model at it; returns bytes by initializer
+    name.
 
     A tensor whose bytes are already in the file counts 0. The file is created even if it stays empty.
     """

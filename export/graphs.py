@@ -1,7 +1,8 @@
 """The graphs of each family: a module to trace, its example inputs and its dynamic axes.
 
 Shapes and names are the contract with the runtime; they are written down in docs/bundle.md.
-Examples use sizes of two and more, because torch.export specialises on 0 and 1; the graphs run with those too.
+Examples use sizes of two and more, because torch.export specialises on 0 and 1; the graphs run with those
+too.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class DecoderGraph(nn.Module):
     def _positions(self, input_ids: torch.Tensor, seqlens_k: torch.Tensor, cache: GraphCache) -> torch.Tensor:
         """(B, S): a prefill starts at 0 in every row, a step at the row's own length.
 
-        In a right-padded prefill seqlens_k + 1 - S is negative for the shorter rows, hence the clamp. The length
-        of a shared buffer is its capacity, so it says nothing about positions.
+        In a right-padded prefill seqlens_k + 1 - S is negative for the shorter rows, hence the clamp. The
+        length of a shared buffer is its capacity, so it says nothing about positions.
         """
         steps = torch.arange(input_ids.shape[1])[None]
         if not cache.shared:
@@ -159,7 +160,7 @@ def cache_layers(checkpoint: Checkpoint) -> list[LayerShape]:
     layers = getattr(cache, "layers", None)
     if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         raise ExportError(
-            f"{type(checkpoint.model).__name__} keeps a cache that is not keys and values ({type(cache).__name__}).",
+            f"{type(checkpoint.model).__name__} keeps no cache of keys and values ({type(cache).__name__}).",
             "Only attention caches can be exported; state-space and linear-attention layers cannot.",
         )
     return [LayerShape(k.keys.shape[1], k.keys.shape[3], k.values.shape[3]) for k in layers]

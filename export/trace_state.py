@@ -1,4 +1,5 @@
-"""What the twins of one trace share: the form, the positions of the tokens, the cache, the pending rotary tables.
+"""What the twins of one trace share: the form, the positions of the tokens, the cache, the pending rotary
+tables.
 
 The functions that transformers' registries call get no argument of ours, so the state of the trace that is
 running is kept here and set by a context manager.

@@ -1,4 +1,5 @@
-"""From a torch module to an ONNX graph in memory: torch.export, then torch's ONNX converter, nothing optimised."""
+"""From a torch module to an ONNX graph in memory: torch.export, then torch's ONNX converter, nothing
+optimised."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ def _unify_casts(program: torch.export.ExportedProgram) -> None:
 def _without_decomposition() -> Iterator[None]:
     """Convert the traced operators as they are.
 
-    The converter first decomposes what it has no rule for, by tracing the whole program again: more than half of
-    an export's time, and for nothing where every operator has a rule. There is no public switch.
+    The converter first decomposes what it has no rule for, by tracing the whole program again: more than
+    half of an export's time, and for nothing where every operator has a rule. There is no public switch.
     """
     from torch.onnx._internal.exporter import _fx_passes
 

@@ -7,14 +7,14 @@ import onnx_ir.passes.common as common
 from onnxscript.optimizer import fold_constants
 
 from gemini.export.fusions.layout import drop_no_ops, drop_transpose_pairs, fix_reshapes, join_reshapes
-from gemini.export.fusions.merge_projections import merge_siblings, pack_qkv
+from gemini.export.fusions.merge_projections import merge_qkv, merge_siblings, pack_qkv
 from gemini.export.fusions.skip_norm import fuse_skip_norm
 
 # Constants larger than this stay as they are: they are weights.
 SMALL = 8192
 
-# Layout first: attention and norms only see each other once the reshapes between them are gone. Reshapes become
-# constant before the last clean-up, so that the shape arithmetic behind them dies with it.
+# Layout first: attention and norms only see each other once the reshapes between them are gone. Reshapes
+# become constant before the last clean-up, so that the shape arithmetic behind them dies with it.
 FUSIONS = (
     drop_transpose_pairs,
     drop_no_ops,
@@ -22,6 +22,7 @@ FUSIONS = (
     drop_no_ops,
     fix_reshapes,
     pack_qkv,
+    merge_qkv,
     merge_siblings,
     fuse_skip_norm,
 )

@@ -1,12 +1,15 @@
 """Projections of one input as one product.
 
-    x -> MatMulNBits(Wq), MatMulNBits(Wk), MatMulNBits(Wv) -> GroupQueryAttention(q, k, v)
-        ->  x -> MatMulNBits([Wq; Wk; Wv]) -> GroupQueryAttention(qkv)
-    x -> MatMulNBits(Wgate), MatMulNBits(Wup)
-        ->  x -> MatMulNBits([Wgate; Wup]) -> Split
+    x -> product(Wq), product(Wk), product(Wv) -> GroupQueryAttention(q, k, v)
+        ->  x -> product([Wq; Wk; Wv]) -> GroupQueryAttention(qkv)
+    the same in front of MultiHeadAttention
+        ->  x -> product([Wq; Wk; Wv]) -> Split -> MultiHeadAttention(q, k, v)
+    x -> product(Wgate), product(Wup), joined by a gate
+        ->  x -> product([Wgate; Wup]) -> Split
 
-Rows of a block-quantized weight are independent, so stacking them changes no number. Refused when bits, block or
-the presence of zero points and biases differ, or when a weight is shared with another node.
+A product is MatMulNBits or DynamicQuantizeMatMul. Output features of a quantized weight are independent, so
+stacking them changes no number. Refused when the products differ in operator, bits, block or the presence of
+zero points and biases, or when a weight is shared with another node.
 """
 
 from __future__ import annotations
@@ -16,36 +19,35 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from gemini.export.fusions.patterns import (
-    CONTRIB,
-    constant,
-    insert,
-    new_initializer,
-    only_user,
-    produced_by,
-    replace,
-)
+from gemini.export.fusions.patterns import CONTRIB, constant, insert, new_initializer, only_user, replace
 
-MATMUL = "MatMulNBits"
+# The axis of the output features in every constant input of the operator.
+FEATURE_AXIS = {"MatMulNBits": 0, "DynamicQuantizeMatMul": -1}
+ACTIVATIONS = ("Mul", "Sigmoid", "Gelu", "Relu", "Tanh", "Swish", "QuickGelu")
 
 
 def pack_qkv(graph: ir.Graph) -> int:
     """Returns how many attention nodes now read one packed product."""
     count = 0
     for node in list(graph):
-        if node.op_type != "GroupQueryAttention":
-            continue
-        products = [produced_by(v, MATMUL, CONTRIB) for v in node.inputs[:3]]
-        if any(p is None for p in products) or any(only_user(v) is not node for v in node.inputs[:3]):
-            continue
-        merged = _merge(graph, [p for p in products if p is not None], before=node)
+        products = _projections(node, "GroupQueryAttention")
+        merged = _merge(graph, products, before=node) if products else None
         if merged is None:
             continue
-        node.replace_input_with(0, merged.outputs[0])
+        node.replace_input_with(0, merged)
         node.replace_input_with(1, None)
         node.replace_input_with(2, None)
-        graph.remove([p for p in products if p is not None], safe=True)
+        graph.remove(products, safe=True)
         count += 1
+    return count
+
+
+def merge_qkv(graph: ir.Graph) -> int:
+    """Attention without a cache takes no packed input on CPU: one product, then a split."""
+    count = 0
+    for node in list(graph):
+        products = _projections(node, "MultiHeadAttention")
+        count += bool(products) and _merge_and_split(graph, products, before=node)
     return count
 
 
@@ -55,68 +57,92 @@ def merge_siblings(graph: ir.Graph) -> int:
     for node in list(graph):
         if node.op_type != "Mul" or node.domain:
             continue
-        up = produced_by(node.inputs[1], MATMUL, CONTRIB)
-        gate = _behind_activation(node.inputs[0])
+        up, gate = _product(node.inputs[1]), _behind_activation(node.inputs[0])
         if up is None or gate is None or gate is up or only_user(up.outputs[0]) is not node:
             continue
-        sizes = [n.attributes["N"].as_int() for n in (gate, up)]
-        merged = _merge(graph, [gate, up], before=gate)
-        if merged is None:
-            continue
-        lengths = new_initializer(graph, f"{merged.outputs[0].name}/split", np.asarray(sizes, dtype=np.int64))
-        split = insert(
-            gate, "Split", [merged.outputs[0], lengths], {"axis": -1}, [gate.outputs[0], up.outputs[0]]
-        )
-        for old, new in zip((gate, up), split.outputs, strict=True):
-            replace(old.outputs[0], new)
-        graph.remove([gate, up], safe=True)
-        count += 1
+        count += _merge_and_split(graph, [gate, up], before=gate)
     return count
+
+
+def _projections(node: ir.Node, attention: str) -> list[ir.Node]:
+    """The products that feed query, key and value of this attention node and nothing else; or none."""
+    if node.op_type != attention or len(node.inputs) < 3:
+        return []
+    products = [p for v in node.inputs[:3] if only_user(v) is node and (p := _product(v)) is not None]
+    return products if len(products) == 3 else []
+
+
+def _product(value: ir.Value | None) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type in FEATURE_AXIS and node.domain == CONTRIB else None
 
 
 def _behind_activation(value: ir.Value | None) -> ir.Node | None:
     """The product behind ``f(x)`` or ``x * sigmoid(x)``."""
-    node = None if value is None else value.producer()
     for _ in range(3):
-        if node is None or (node.op_type == MATMUL and node.domain == CONTRIB):
+        node = None if value is None else value.producer()
+        if node is None or _product(value) is not None:
             return node
-        if node.op_type not in ("Mul", "Sigmoid", "Gelu", "Relu", "Tanh", "Swish", "QuickGelu"):
+        if node.op_type not in ACTIVATIONS:
             return None
-        node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), None)
-    return node if node is not None and node.op_type == MATMUL else None
+        value = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
+    return _product(value)
 
 
-def _merge(graph: ir.Graph, nodes: Sequence[ir.Node], before: ir.Node) -> ir.Node | None:
-    """One MatMulNBits whose rows are those of ``nodes`` in order; None if they differ in kind."""
-    if any(n.inputs[0] is not nodes[0].inputs[0] for n in nodes):
+def _merge_and_split(graph: ir.Graph, products: list[ir.Node], before: ir.Node) -> bool:
+    merged = _merge(graph, products, before)
+    if merged is None:
+        return False
+    sizes = np.asarray([_features(p) for p in products], dtype=np.int64)
+    lengths = new_initializer(graph, f"{_weight(products[0]).name}/split", sizes)
+    split = insert(before, "Split", [merged, lengths], {"axis": -1}, [p.outputs[0] for p in products])
+    for old, new in zip(products, split.outputs, strict=True):
+        replace(old.outputs[0], new)
+    graph.remove(products, safe=True)
+    return True
+
+
+def _merge(graph: ir.Graph, products: Sequence[ir.Node], before: ir.Node) -> ir.Value | None:
+    """One product with the output features of all, in order; None if they differ in kind."""
+    first = products[0]
+    if any(p.inputs[0] is not first.inputs[0] or _kind(p) != _kind(first) for p in products):
         return None
-    kinds = {
-        tuple(n.attributes[a].as_int() for a in ("K", "bits", "block_size", "accuracy_level")) for n in nodes
-    }
-    slots = {tuple(v is not None for v in _padded(n)) for n in nodes}
-    if len(kinds) != 1 or len(slots) != 1:
-        return None
-    stacked: list[ir.Value | None] = [nodes[0].inputs[0]]
-    for slot, present in enumerate(next(iter(slots))[1:], start=1):
-        if not present:
+    stacked: list[ir.Value | None] = [first.inputs[0]]
+    for slot in range(1, len(first.inputs)):
+        weights = [p.inputs[slot] for p in products]
+        if weights[0] is None:
             stacked.append(None)
             continue
-        weights = [_padded(n)[slot] for n in nodes]
         parts = [p for w in weights if only_user(w) is not None and (p := constant(w)) is not None]
-        if len(parts) != len(nodes):
+        if len(parts) != len(products):
             return None
         name = "+".join(str(w.name) for w in weights if w is not None)
-        stacked.append(new_initializer(graph, name, np.concatenate(parts)))
-    while stacked[-1] is None:
-        stacked.pop()
-    attributes = {a: nodes[0].attributes[a].as_int() for a in ("K", "bits", "block_size", "accuracy_level")}
-    attributes["N"] = sum(n.attributes["N"].as_int() for n in nodes)
-    merged = insert(before, MATMUL, stacked, attributes, [nodes[0].outputs[0]], CONTRIB)
-    shape = nodes[0].outputs[0].shape
-    if shape is not None:
-        merged.outputs[0].shape = ir.Shape([*shape[:-1], attributes["N"]])
+        stacked.append(new_initializer(graph, name, np.concatenate(parts, FEATURE_AXIS[first.op_type])))
+    attributes = dict(_attributes(first))
+    if "N" in attributes:
+        attributes["N"] = sum(_features(p) for p in products)
+    merged = insert(before, first.op_type, stacked, attributes, [first.outputs[0]], CONTRIB).outputs[0]
+    if merged.shape is not None:
+        merged.shape = ir.Shape([*merged.shape[:-1], sum(_features(p) for p in products)])
     return merged
 
 
-def _padded(node: ir.Node) -> list[ir.Value | None]:
-    return [*node.inputs, *[None] * (6 - len(node.inputs))]
+def _kind(product: ir.Node) -> tuple[object, ...]:
+    same = sorted((name, value) for name, value in _attributes(product).items() if name != "N")
+    return product.op_type, *same, *(value is None for value in product.inputs)
+
+
+def _attributes(product: ir.Node) -> dict[str, int]:
+    return {name: attribute.as_int() for name, attribute in product.attributes.items()}
+
+
+def _weight(product: ir.Node) -> ir.Value:
+    weight = product.inputs[1]
+    assert weight is not None
+    return weight
+
+
+def _features(product: ir.Node) -> int:
+    weight = constant(_weight(product))
+    assert weight is not None
+    return int(weight.shape[FEATURE_AXIS[product.op_type]])

@@ -3,8 +3,8 @@
     Add(a, b) -> RMSNormalization    ->  SkipSimplifiedLayerNormalization(a, b)
     Add(a, b) -> LayerNormalization  ->  SkipLayerNormalization(a, b)
 
-The sum stays available as the fourth output, because the residual stream goes on. Refused when the addends differ
-in shape (a broadcast bias is no residual) or when an addend is a constant.
+The sum stays available as the fourth output, because the residual stream goes on. Refused when the addends
+differ in shape (a broadcast bias is no residual) or when an addend is a constant.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Attention as one operator, registered under transformers' own attention interface.
 
-With a cache it becomes GroupQueryAttention, without one MultiHeadAttention. Anything that the operators cannot say
-(an unusual mask, a bias, sinks) raises FormMismatch and the exporter falls back to the model's own attention.
+With a cache it becomes GroupQueryAttention, without one MultiHeadAttention. Anything that the operators
+cannot say (an unusual mask, a bias, sinks) raises FormMismatch and the exporter falls back to the model's
+own attention.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ class GraphCache:
         return pair
 
     def take_updated(self) -> int | None:
-        """The layer whose update came just before this attention call, once; None outside cached attention."""
+        """The layer whose update came just before this attention call, once; None outside cached
+        attention."""
         layer, self.updated = self.updated, None
         return layer
 

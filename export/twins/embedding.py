@@ -10,7 +10,8 @@ from gemini.export.twins.operators import CONTRIB, emit
 
 
 class EmbeddingTwin(nn.Module):
-    """GatherBlockQuantized over a (vocabulary, dim * bits / 8) uint8 table, the same bytes as a tied head's."""
+    """GatherBlockQuantized over a (vocabulary, dim * bits / 8) uint8 table, the same bytes as a tied
+    head's."""
 
     def __init__(self, table: QuantizedEmbedding) -> None:
         super().__init__()

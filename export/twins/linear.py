@@ -1,7 +1,8 @@
-"""Linear layers: MatMulNBits, DynamicQuantizeMatMul, MatMulBnb4 for quantized weights, FusedMatMul for float32.
+"""Linear layers: MatMulNBits, DynamicQuantizeMatMul, MatMulBnb4 for quantized weights, FusedMatMul for
+float32.
 
-Every weight stays in its (out_features, in_features) order, so a head tied to an embedding keeps the embedding's
-bytes and is stored once.
+Every weight stays in its (out_features, in_features) order, so a head tied to an embedding keeps the
+embedding's bytes and is stored once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class BlockwiseTwin(nn.Module):
 
 
 class ChannelwiseTwin(nn.Module):
-    """DynamicQuantizeMatMul: one scale a row of the weight, one scale and zero point for the whole activation."""
+    """DynamicQuantizeMatMul: one scale a row of the weight, one scale and zero point for the whole
+    activation."""
 
     def __init__(self, layer: ChannelwiseLinear) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """What a mask means, instead of the mask.
 
-transformers describes every attention mask by a function of (batch, head, query, key) before it fills a tensor.
-The exporter registers its own filler, which asks that function about a few positions, and hands the model a
+transformers describes every attention mask by a function of (batch, head, query, key) before it fills a
+tensor. The exporter registers its own filler, which asks that function about a few positions, and hands the
+model a
 MaskMeaning: causal or not, the window if there is one, and the padding.
 """
 

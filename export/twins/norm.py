@@ -1,9 +1,11 @@
 """Root-mean-square norms, recognised by what they compute rather than by their class.
 
-A module is a norm if ``y = gain * x / sqrt(mean(x^2) + epsilon)`` reproduces it; gains stored as ``1 + weight``
-need no special case because the gain is measured. Layer norms of torch trace to LayerNormalization by themselves.
+A module is a norm if ``y = gain * x / sqrt(mean(x^2) + epsilon)`` reproduces it; gains stored as ``1 +
+weight`` need no special case because the gain is measured. Layer norms of torch trace to LayerNormalization
+by themselves.
 
-Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4; ONNX operator RMSNormalization.
+Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4; ONNX operator
+RMSNormalization.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class NormTwin(nn.Module):
 
 
 def as_norm(module: nn.Module) -> NormTwin | None:
-    """The twin of a childless module with 1-D parameters that behaves as an RMS norm; None for anything else."""
+    """The twin of a childless module with 1-D parameters that behaves as an RMS norm; None for anything
+    else."""
     parameters = list(module.parameters(recurse=False))
     if isinstance(module, nn.LayerNorm) or any(True for _ in module.children()):
         return None
@@ -58,7 +61,8 @@ def as_norm(module: nn.Module) -> NormTwin | None:
 
 
 def _probe(size: int) -> torch.Tensor:
-    """Rows of very different magnitudes and means: a centred norm, a wrong epsilon or a clamp shows on one of them."""
+    """Rows of very different magnitudes and means: a centred norm, a wrong epsilon or a clamp shows on one
+    of them."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4, size, generator=generator) * torch.tensor([[1e-3], [1e-1], [1.0], [30.0]])
     return torch.cat([rows, rows[2:] + 0.7])

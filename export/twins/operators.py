@@ -18,7 +18,8 @@ def emit(
     dtype: torch.dtype = torch.float32,
     version: int = 1,
 ) -> torch.Tensor:
-    """One node with one output. ``operator`` is ``domain::Name`` or a standard ``Name``; trailing None inputs drop."""
+    """One node with one output. ``operator`` is ``domain::Name`` or a standard ``Name``; trailing None
+    inputs drop."""
     return torch.onnx.ops.symbolic(
         operator, _trimmed(inputs), attrs=attributes, dtype=dtype, shape=shape, version=version
     )

@@ -1,8 +1,9 @@
 """Rotary embedding inside the attention operator.
 
 Two twins work together. The module that computes cos and sin hands out constant half-width tables over all
-positions, made by the original module itself, so any scaling rule comes along. The function that applies them is
-classified by numbers (half-split or interleaved pairs) and only remembers the tables: GroupQueryAttention rotates.
+positions, made by the original module itself, so any scaling rule comes along. The function that applies
+them is classified by numbers (half-split or interleaved pairs) and only remembers the tables:
+GroupQueryAttention rotates.
 
 Source: Su et al. 2021, "RoFormer", equation 34; GroupQueryAttention inputs cos_cache and sin_cache.
 """
@@ -20,14 +21,16 @@ from torch import nn
 
 from gemini.export.trace_state import FormMismatch, RotaryTables, current_trace
 
-# Tables grow with the context: 2 * positions * rotary_dim * 2 bytes. Beyond this the bundle's context is capped.
+# Tables grow with the context: 2 * positions * rotary_dim * 2 bytes. Beyond this the bundle's context is
+# capped.
 LONGEST_TABLE = 32768
 # The CPU kernel rotates 8 pairs at a time and refuses other widths.
 PAIRS_PER_STEP = 8
 
 
 class RotaryTwin(nn.Module):
-    """Stands in for a rotary module ``(x, position_ids, ...) -> (cos, sin)``; its result is never computed with."""
+    """Stands in for a rotary module ``(x, position_ids, ...) -> (cos, sin)``; its result is never computed
+    with."""
 
     def __init__(self, original: nn.Module, positions: int) -> None:
         super().__init__()
@@ -146,7 +149,7 @@ def pair_layout(function: Callable[..., Any]) -> bool | None:
         except Exception:  # this width is not the one the function takes
             continue
         for answer, reference in ((False, half_split), (True, interleaved)):
-            if rotated_q.shape == q.shape and torch.allclose(rotated_q, reference(q), atol=1e-5):
-                if torch.allclose(rotated_k, reference(k), atol=1e-5):
-                    return answer
+            same_q = rotated_q.shape == q.shape and torch.allclose(rotated_q, reference(q), atol=1e-5)
+            if same_q and torch.allclose(rotated_k, reference(k), atol=1e-5):
+                return answer
     return None

@@ -29,8 +29,8 @@ def twinned(
 ) -> Iterator[Counter[str]]:
     """Replace everything that has a better operator in this form; yields how many of each twin there are.
 
-    ``sample`` are inputs for a dry run that shows how rotary modules are called; ``head`` is the output head that
-    should compute only the positions asked for. Nothing of the model is copied: twins share its tensors.
+    ``sample`` are inputs for a dry run that shows how rotary modules are called; ``head`` is the output head
+    that should compute only the positions asked for. Nothing of the model is copied: twins share its tensors.
     """
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     counts: Counter[str] = Counter()

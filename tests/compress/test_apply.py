@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from gemini.compress.apply import most_sensitive, run_recipe
+from gemini.compress.apply import most_sensitive, run_recipe, settled
 from gemini.compress.calibrate import collect_input_moments, watch_inputs
 from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedEmbedding, QuantizedLinear
 from gemini.compress.recipe import Recipe
@@ -39,7 +39,9 @@ def make_windows(count: int = 3, length: int = 24, vocabulary: int = 160) -> lis
 
 
 def run(model: nn.Module, *specs, calibration=None):
-    return run_recipe(SimpleNamespace(model=model), Recipe("test", specs), calibration, progress=False)
+    return run_recipe(
+        SimpleNamespace(model=model, family="decoder"), Recipe("test", specs), calibration, progress=False
+    )
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -306,3 +308,10 @@ def test_a_module_with_two_parents_is_replaced_in_both():
 def test_a_pass_that_finds_nothing_is_an_error_with_a_reason():
     with pytest.raises(RecipeError, match=r"finds no layer.*skips \*"):
         run(make_llama(), QuantizeInt4(skip=("*",)))
+
+
+def test_default_int8_is_per_block_for_generators_and_per_channel_for_encoders():
+    spec = QuantizeInt8()
+    assert settled(spec, "decoder").granularity == PerBlock()
+    assert settled(spec, "encoder").granularity == settled(spec, "vision").granularity == PerChannel()
+    assert settled(QuantizeInt8(granularity=PerBlock(32)), "encoder").granularity == PerBlock(32)
