@@ -15,7 +15,7 @@ from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedEmbe
 from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport
 from gemini.compress.select import embedding_scale, select_layers
-from gemini.compress.specs import PerChannel, QuantizeInt4, QuantizeInt8, QuantizeNF4
+from gemini.compress.specs import PerBlock, PerChannel, QuantizeInt4, QuantizeInt8, QuantizeNF4
 from gemini.errors import RecipeError
 
 
