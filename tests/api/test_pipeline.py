@@ -16,6 +16,7 @@ from gemini import cli, pipeline
 from gemini.benchmarks.text import default_text
 from gemini.errors import BundleError, GateError
 from gemini.runtime import load
+from gemini.runtime.options import GenerationOptions
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_fp32_bundle_generates_what_transformers_generates(folder, tmp_path):
     session = load(tmp_path / "b")
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     for prompt in ([5, 9, 30], [200, 17, 88, 3, 41, 6]):
-        ours = session.generate_ids([prompt], {"max_new_tokens": 32})[0]
+        ours = session.generate_ids([prompt], GenerationOptions(max_new_tokens=32))[0]
         with torch.no_grad():
             ids = model.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, pad_token_id=1)
         assert list(ours) == ids[0, len(prompt) :].tolist()
