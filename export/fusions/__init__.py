@@ -7,7 +7,7 @@ import onnx_ir.passes.common as common
 from onnxscript.optimizer import fold_constants
 
 from gemini.export.fusions.layout import drop_no_ops, drop_transpose_pairs, fix_reshapes, join_reshapes
-from gemini.export.fusions.merge_projections import merge_qkv, merge_siblings, pack_qkv
+from gemini.export.fusions.merge_projections import merge_qkv, pack_qkv
 from gemini.export.fusions.skip_norm import fuse_skip_norm
 
 # Constants larger than this stay as they are: they are weights.
@@ -23,7 +23,6 @@ FUSIONS = (
     fix_reshapes,
     pack_qkv,
     merge_qkv,
-    merge_siblings,
     fuse_skip_norm,
 )
 

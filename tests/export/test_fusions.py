@@ -96,39 +96,41 @@ def _quantized(rng, n: int, k: int = 64, block: int = 32) -> dict[str, np.ndarra
     }
 
 
-def _gated(bits_of_up: int = 4) -> ir.Model:
+def _attention(bits_of_value: int = 4) -> ir.Model:
+    """x -> three quantized products -> MultiHeadAttention."""
     rng = np.random.default_rng(0)
     model = _model("g (float[1,3,64] x) => (float[1,3,16] y) { y = Relu(x) }")
     graph = model.graph
     relu = next(iter(graph))
     products = []
-    for name, bits in (("gate", 4), ("up", bits_of_up)):
-        arrays = _quantized(rng, 16, block=32 if bits == 4 else 64)
+    for name, bits in (("query", 4), ("key", 4), ("value", bits_of_value)):
+        arrays = _quantized(rng, 16)
         if bits == 8:
-            arrays = {"w": rng.integers(0, 256, (16, 2, 32), dtype=np.uint8), "s": arrays["s"].repeat(2, 1)}
+            arrays = {"w": rng.integers(0, 256, (16, 2, 32), dtype=np.uint8), "s": arrays["s"]}
         values = [new_initializer(graph, f"{name}.{key}", array) for key, array in arrays.items()]
         attributes = {"K": 64, "N": 16, "bits": bits, "block_size": 32, "accuracy_level": 1}
         node = ir.node("MatMulNBits", [graph.inputs[0], *values], attributes, domain="com.microsoft")
         graph.insert_before(relu, node)
         products.append(node.outputs[0])
-    gate = ir.node("Gelu", [products[0]])
-    product = ir.node("Mul", [gate.outputs[0], products[1]])
-    graph.insert_before(relu, [gate, product])
-    relu.replace_input_with(0, product.outputs[0])
+    attention = ir.node("MultiHeadAttention", products, {"num_heads": 2}, domain="com.microsoft")
+    graph.insert_before(relu, attention)
+    relu.replace_input_with(0, attention.outputs[0])
     return model
 
 
-def test_gate_and_up_become_one_product():
-    plain, merged = _gated(), _gated()
-    assert merge_projections.merge_siblings(merged.graph) == 1
-    assert _ops(merged) == {"MatMulNBits": 1, "Split": 1, "Gelu": 1, "Mul": 1, "Relu": 1}
+def test_query_key_and_value_become_one_product():
+    plain, merged = _attention(), _attention()
+    assert merge_projections.merge_qkv(merged.graph) == 1
+    assert _ops(merged) == {"MatMulNBits": 1, "Split": 1, "MultiHeadAttention": 1, "Relu": 1}
     x = np.random.default_rng(1).standard_normal((1, 3, 64)).astype(np.float32)
-    np.testing.assert_allclose(_run(merged, {"x": x})[0], _run(plain, {"x": x})[0], rtol=1e-5, atol=1e-5)
+    ours, theirs = _run(merged, {"x": x})[0], _run(plain, {"x": x})[0]
+    # the same float32 products, perhaps in another order of threads
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_products_of_different_width_are_not_merged():
-    model = _gated(bits_of_up=8)
-    assert merge_projections.merge_siblings(model.graph) == 0
+    model = _attention(bits_of_value=8)
+    assert merge_projections.merge_qkv(model.graph) == 0
 
 
 def test_name_that_exists_is_refused():
