@@ -28,6 +28,10 @@ class Graph:
     outputs: Mapping[str, tuple[str, tuple[Any, ...]]]
 
 
+# On CPU the fused norm takes twice the time of the addition and the norm that it replaces (benchmarks/LOG.md).
+_SLOW_OPTIMIZERS = ["SkipLayerNormFusion"]
+
+
 def session_options(threads: int, spinning: bool = True) -> ort.SessionOptions:
     """Options of every session: ``threads`` inside an operator, one operator at a time, errors only in the
     log.
@@ -62,7 +66,11 @@ def open_graph(
     try:
         # enable_fallback=0: onnxruntime must not rebuild the session on the CPU when a provider fails.
         session = ort.InferenceSession(
-            str(path), session_options(count, spinning), providers=list(asked), enable_fallback=0
+            str(path),
+            session_options(count, spinning),
+            providers=list(asked),
+            enable_fallback=0,
+            disabled_optimizers=_SLOW_OPTIMIZERS,
         )
     except Exception as error:  # onnxruntime raises a dozen types that share no base class
         raise BundleError(f"onnxruntime cannot load {path.name} ({_first_line(error)}).", _REMEDY) from error
