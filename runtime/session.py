@@ -28,7 +28,7 @@ class Graph:
     outputs: Mapping[str, tuple[str, tuple[Any, ...]]]
 
 
-# On CPU the fused norm takes twice the time of the addition and the norm that it replaces (benchmarks/LOG.md).
+# On CPU the fused norm takes twice the time of the two nodes that it replaces (benchmarks/LOG.md).
 _SLOW_OPTIMIZERS = ["SkipLayerNormFusion"]
 
 
