@@ -19,6 +19,13 @@ FAMILIES = {
 SUPPORTED = ", ".join(FAMILIES)
 
 
+CLASS_SUFFIXES = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+}
+
+
 def infer_task(config: Any, folder: Path | None = None) -> str:
     """Return the task of a transformers configuration, one of ``FAMILIES``.
 
@@ -136,7 +143,9 @@ def _task_of(name: str) -> str | None:
     try:
         return str(TasksManager.infer_task_from_model(declared, library_name="transformers"))
     except (ValueError, KeyError):
-        return None
+        # optimum overlooks classes that share their auto class with another; the name is a convention then.
+        suffixes = (task for suffix, task in CLASS_SUFFIXES.items() if name.endswith(suffix))
+        return next(suffixes, None)
 
 
 def _class_for(task: str, config: Any) -> Any:

@@ -117,3 +117,10 @@ def test_configuration_without_architectures_needs_a_task() -> None:
 def test_sentence_transformers_folder_is_told_by_its_module_list(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text("[]")
     assert infer_task(config_of("BertForMaskedLM"), tmp_path) == "feature-extraction"
+
+
+def test_class_that_shares_its_auto_class_is_known_by_its_name():
+    from transformers import DeiTConfig
+
+    config = DeiTConfig(architectures=["DeiTForImageClassification"])
+    assert infer_task(config) == "image-classification"
