@@ -1,1 +1,1 @@
-"""What a bundle costs and what it keeps: text, accuracy, latency, host, plots and the report."""
+"""What a bundle costs and what it lost: latency, accuracy, reports and plots, without torch."""

@@ -1,1 +1,1 @@
-"""See the README of the repository for what this folder holds."""
+"""Passes on torch modules: specs, recipes, quantization, calibration."""

@@ -1,1 +1,1 @@
-"""See the README of the repository for what this folder holds."""
+"""From a compressed checkpoint to a verified graph and a bundle: twins, tracing, fusions, verification."""

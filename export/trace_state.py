@@ -20,8 +20,6 @@ from gemini.export.forms import Form
 if TYPE_CHECKING:
     from gemini.export.twins.cache import GraphCache
 
-OPERATORS = "com.microsoft"
-
 
 class FormMismatch(Exception):
     """This form cannot express the model; the exporter tries the next one."""
