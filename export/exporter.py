@@ -27,6 +27,7 @@ from gemini.export.twins.norm import OPSET as NORM_OPSET
 from gemini.export.twins.rotary import LONGEST_TABLE
 from gemini.export.twins.swap import twinned
 from gemini.model.checkpoint import Checkpoint
+from gemini.runtime.schema import LayerShape
 
 
 class TraceFailure(Exception):
@@ -80,7 +81,7 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path, progress: bool = Tru
 def _export_form(
     checkpoint: Checkpoint,
     form: Form,
-    layers: list[graphs.LayerShape],
+    layers: list[LayerShape],
     folder: Path,
     refused: list[str],
     progress: bool,
@@ -112,9 +113,7 @@ def _export_form(
     )
 
 
-def _traced(
-    checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape]
-) -> tuple[ir.Model, Counter[str]]:
+def _traced(checkpoint: Checkpoint, form: Form, layers: list[LayerShape]) -> tuple[ir.Model, Counter[str]]:
     model = checkpoint.model
     head = model.get_output_embeddings() if checkpoint.family == "decoder" else None
     sample = graphs.sample_inputs(checkpoint)
@@ -136,7 +135,7 @@ def _traced(
 
 
 def _verified(
-    path: Path, checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape]
+    path: Path, checkpoint: Checkpoint, form: Form, layers: list[LayerShape]
 ) -> verify.Verification:
     if checkpoint.family == "decoder":
         return verify.verify_decoder(path, checkpoint, form, layers)
@@ -155,7 +154,7 @@ def _check(path: Path) -> None:
         ) from error
 
 
-def _facts(checkpoint: Checkpoint, form: Form, layers: list[graphs.LayerShape]) -> dict[str, Any]:
+def _facts(checkpoint: Checkpoint, form: Form, layers: list[LayerShape]) -> dict[str, Any]:
     """What the runtime has to know about the model."""
     config = checkpoint.model.config
     if checkpoint.family == "decoder":

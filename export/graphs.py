@@ -21,15 +21,7 @@ from gemini.export.trace_state import TraceState
 from gemini.export.twins.cache import GraphCache, Pair
 from gemini.export.twins.head import gather_positions
 from gemini.model.checkpoint import Checkpoint
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Cache of one layer: heads and widths of keys and values."""
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
+from gemini.runtime.schema import LayerShape
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import torch
 
 from gemini.errors import VerificationError
 from gemini.export.forms import Form
-from gemini.export.graphs import LayerShape, sample_inputs
+from gemini.export.graphs import sample_inputs
 from gemini.model.checkpoint import Checkpoint
+from gemini.runtime.schema import LayerShape
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -135,7 +136,7 @@ class _Run:
     """Feeds a decoder graph the way the runtime does, with plain arrays."""
 
     def __init__(self, session: Any, form: Form, layers: list[LayerShape], batch: int, capacity: int) -> None:
-        self.session, self.form = session, form
+        self.session = session
         past = capacity if form.shared_cache else 0
         self.cache = {
             f"past.{i}.{part}": np.zeros((batch, layer.kv_heads, past, width), np.float32)
