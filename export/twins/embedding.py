@@ -19,6 +19,8 @@ class EmbeddingTwin(nn.Module):
         self.register_buffer("scales", table.scales)
         self.register_buffer("zero_points", table.zero_points)
         self.num_embeddings, self.dim = table.num_embeddings, table.embedding_dim
+        # The operator knows whole blocks only: rows come out padded to a multiple of the block.
+        self.width = table.scales.shape[1] * table.block_size
         self.scale_by = table.scale_by
         self.attributes = {
             "bits": table.bits,
@@ -29,7 +31,9 @@ class EmbeddingTwin(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         inputs = (self.data, ids, self.scales, self.zero_points)
-        rows = emit(f"{CONTRIB}::GatherBlockQuantized", inputs, self.attributes, (*ids.shape, self.dim))
+        rows = emit(f"{CONTRIB}::GatherBlockQuantized", inputs, self.attributes, (*ids.shape, self.width))
+        if self.width != self.dim:
+            rows = rows[..., : self.dim]
         return rows if self.scale_by is None else rows * self.scale_by
 
 

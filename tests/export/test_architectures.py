@@ -145,6 +145,16 @@ def test_every_builtin_recipe_exports_with_float_arithmetic_equal_to_torch(make_
         assert exported.verification["largest_difference"] < 1e-3
 
 
+def test_embedding_whose_width_is_no_multiple_of_the_block_exports(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("llama")
+    # 64 columns in blocks of 128: half of every block is padding
+    spec = QuantizeInt4(block_size=32, embedding_block_size=128)
+    run_recipe(checkpoint, Recipe("test", (spec,)), None, progress=False)
+    exported = export_checkpoint(checkpoint, tmp_path, progress=False)
+    assert exported.form.attention == "grouped", exported.refused
+    assert exported.verification["largest_difference"] < 1e-3
+
+
 def test_two_exports_give_identical_files(make_checkpoint, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
