@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from gemini.errors import RequestError
 from gemini.runtime.schema import LayerShape
 
 BLOCK = 64  # capacities are multiples of this many tokens, so that growing by one token rarely copies
+_ALIGNED = 64  # elements: every buffer begins on a cache line
 
 
 def cache_names(layers: Sequence[LayerShape]) -> list[tuple[str, str]]:
@@ -30,14 +32,18 @@ def round_up(tokens: int, limit: int) -> int:
 def allocate(
     layers: Sequence[LayerShape], batch: int, capacity: int, device: str, dtype: type[np.floating]
 ) -> list[ort.OrtValue]:
-    """Zeroed key and value buffers (batch, kv_heads, capacity, dim) of every layer, on ``device``."""
+    """Zeroed key and value buffers (batch, kv_heads, capacity, dim) of every layer, on ``device``.
+
+    They lie in one piece of memory: numpy puts large arrays on huge pages, and a step walks through them all.
+    """
+    shapes = [
+        (batch, layer.kv_heads, capacity, dim) for layer in layers for dim in (layer.key_dim, layer.value_dim)
+    ]
+    sizes = [-(-math.prod(shape) // _ALIGNED) * _ALIGNED for shape in shapes]
+    pool, starts = np.zeros(sum(sizes), dtype), np.cumsum([0, *sizes])
     return [
-        to_device(np.zeros(shape, dtype), device)
-        for layer in layers
-        for shape in (
-            (batch, layer.kv_heads, capacity, layer.key_dim),
-            (batch, layer.kv_heads, capacity, layer.value_dim),
-        )
+        to_device(pool[start : start + math.prod(shape)].reshape(shape), device)
+        for start, shape in zip(starts, shapes, strict=False)
     ]
 
 

@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from gemini.errors import BundleError, UsageError
 from gemini.runtime.bundle import Bundle
+from gemini.runtime.hugepages import use_huge_pages
 from gemini.runtime.providers import active_device, provider_list
 from gemini.runtime.threads import usable_threads
 
@@ -75,9 +76,12 @@ def open_graph(
     except Exception as error:  # onnxruntime raises a dozen types that share no base class
         raise BundleError(f"onnxruntime cannot load {path.name} ({_first_line(error)}).", _REMEDY) from error
     session.disable_fallback()
+    active = active_device(device, asked, session.get_providers())
+    if active == "cpu":
+        use_huge_pages()
     return Graph(
         session,
-        active_device(device, asked, session.get_providers()),
+        active,
         count,
         {node.name: (node.type, tuple(node.shape)) for node in session.get_inputs()},
         {node.name: (node.type, tuple(node.shape)) for node in session.get_outputs()},
