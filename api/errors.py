@@ -3,6 +3,7 @@
     GeminiEdgeError
     ├── UsageError        bad arguments, unreadable text or image files
     ├── CheckpointError   the model that should be compressed cannot be read
+    ├── DataError         training data is missing, damaged, or cannot be fetched
     ├── RecipeError       the recipe is malformed or does not fit the model
     ├── ExportError       the model cannot be expressed as an onnxruntime graph
     ├── VerificationError the exported graph does not compute what torch computes
@@ -32,6 +33,10 @@ class UsageError(GeminiEdgeError):
 
 class CheckpointError(GeminiEdgeError):
     """A checkpoint that cannot be read."""
+
+
+class DataError(GeminiEdgeError):
+    """Training data that is missing, damaged or cannot be fetched."""
 
 
 class RecipeError(GeminiEdgeError):

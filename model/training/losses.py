@@ -1,0 +1,47 @@
+"""Losses of a batch, and the optimizer's parameter groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gemini.model.training.tasks import IGNORED, Batch
+
+
+def generation_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over the labels (B, T) of an encoder-decoder, teacher forced.
+
+    The head, a product with 8 thousand columns, sees only positions that have a label: padding is free.
+    """
+    labels = batch["labels"]
+    known = labels != IGNORED
+    hidden = model.base_model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        pixel_values=batch.get("pixel_values"),
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
+        use_cache=False,
+    ).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[known])
+    return F.cross_entropy(logits.float(), labels[known], label_smoothing=smoothing)
+
+
+def classification_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over the labels, int64 (B,) or, when distilled, probabilities (B, classes)."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing)
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) that decays matrices and kernels, no bias, norm or embedding."""
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }  # rows that a batch does not use would shrink
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
+    others = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=True)

@@ -1,0 +1,1 @@
+"""What this project trained itself: a folder a model, with its checkpoint and its bundle."""

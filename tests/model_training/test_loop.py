@@ -1,0 +1,113 @@
+"""Whole runs of a tiny model: they learn, they can be killed, their result is a Hugging Face folder."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gemini.errors import UsageError
+from gemini.model.training.loop import train
+from gemini.model.training.options import TaskOptions
+from gemini.model.training.start import load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, options, cache):
+    """The folder and the summary of an unbroken run."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    summary = train(options, folder, cache)
+    torch.set_num_threads(threads)
+    return folder, summary
+
+
+def test_the_result_is_a_checkpoint_with_a_summary(finished, options):
+    folder, summary = finished
+    assert json.loads((folder / "training.json").read_text()) == json.loads(json.dumps(summary))
+    assert [row["step"] for row in summary["history"]] == [4, 8]
+    assert summary["history"][1]["loss"] < summary["history"][0]["loss"]
+    assert {"caption_en_exact", "unseen_caption_zh_chrf", "sentiment_en", "perplexity"} <= summary[
+        "test"
+    ].keys()
+    assert list((folder / "runs").glob("events*"))
+    model, tokenizer = load_checkpoint(folder)
+    assert (folder / "preprocessor_config.json").exists()
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_a_killed_run_resumes_to_the_same_weights(finished, options, cache, tmp_path):
+    folder = tmp_path / "killed"
+    recipe = tmp_path / "tiny.json"
+    recipe.write_text(json.dumps(options.to_dict()))
+    script = (
+        "import json, sys, torch\nfrom pathlib import Path\ntorch.set_num_threads(1)\n"
+        "from gemini.model.training.loop import train\n"
+        "from gemini.model.training.options import TrainingOptions\n"
+        "options = TrainingOptions.from_dict(json.loads(Path(sys.argv[1]).read_text()))\n"
+        "train(options, Path(sys.argv[2]), Path(sys.argv[3]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(recipe), str(folder), str(cache)])
+    try:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("state/step-????????")):
+            assert process.poll() is None, "the run ended before its first checkpoint"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "model.safetensors").exists()
+
+    train(options, folder, cache, resume=True)
+    unbroken, resumed = load_file(finished[0] / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished, options, cache):
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(options, finished[0], cache)
+
+
+def test_the_classifier_starts_from_a_checkpoint_with_lora_and_fgm(finished, options, cache, tmp_path):
+    run = dataclasses.replace(
+        options,
+        head="classification",
+        start=str(finished[0]),
+        lora_rank=2,
+        tasks={"classify": TaskOptions(batch=8, adversarial=0.1)},
+        steps=4,
+        evaluate_every=2,
+    )
+    folder = tmp_path / "classifier"
+    summary = train(run, folder, cache)
+    assert summary["test"]["sentiment_zh_count"] == 16
+    before, after = load_file(finished[0] / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert not any("lora" in name for name in after)
+    same = "encoder.text.positions.table.weight"
+    matching = [name for name in before if name.endswith(same)]
+    for name in matching:
+        assert torch.equal(before[name], after[name.removeprefix("model.")])
+    model, _ = load_checkpoint(folder)
+    assert type(model).__name__ == "GeminiForSequenceClassification"
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_early_stopping_keeps_the_best_weights(options, cache, tmp_path):
+    # A rate this high makes the loss worse at once, so the run ends after `patience` evaluations.
+    tasks = {"classify": TaskOptions(batch=4)}
+    run = dataclasses.replace(
+        options, tasks=tasks, steps=50, evaluate_every=1, patience=3, learning_rate=0.0, warmup=0
+    )
+    summary = train(run, tmp_path / "out", cache)
+    assert summary["steps"] < 50
+    assert summary["best_step"] == summary["history"][-4]["step"]

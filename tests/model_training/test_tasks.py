@@ -1,0 +1,131 @@
+"""Tasks: batches are what the examples say, and a pure function of the step."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gemini.errors import DataError
+from gemini.model.data import Review
+from gemini.model.gemini import continue_prompt
+from gemini.model.training.corpus import NO_DRAWINGS
+from gemini.model.training.losses import generation_loss, make_optimizer
+from gemini.model.training.options import TaskOptions
+from gemini.model.training.tasks import IGNORED, CaptionTask, ClassifyTask, build_tasks, encode, infill
+
+
+@pytest.fixture(scope="module")
+def tasks(tokenizer, options, corpus):
+    return {task.name: task for task in build_tasks(tokenizer, options, corpus, train=True)}
+
+
+@pytest.mark.parametrize("name", ["caption", "continue", "denoise", "classify"])
+def test_a_batch_depends_on_the_step_alone(tasks, tokenizer, options, corpus, name):
+    (other,) = [task for task in build_tasks(tokenizer, options, corpus, train=True) if task.name == name]
+    for step in (9, 2, 9):
+        first, second = tasks[name].batch(step), other.batch(step)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(a, b) for a, b in zip(first.values(), other.batch(3).values(), strict=True))
+
+
+def test_captions_are_names_in_the_language_of_the_prompt(tasks, tokenizer, corpus):
+    batch = tasks["caption"].batch(0)
+    names = {"<en>": corpus.drawings.en, "<zh>": corpus.drawings.zh}
+    assert batch["pixel_values"].shape == (4, 3, 64, 64)
+    for prompt, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        language = tokenizer.convert_ids_to_tokens(prompt.tolist())[-1]
+        known = labels[labels != IGNORED].tolist()
+        assert known[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(known[:-1]) in names[language]
+
+
+def test_a_continuation_follows_its_prompt(tasks, tokenizer, corpus):
+    for step in range(6):
+        batch = tasks["continue"].batch(step)
+        for source, mask, labels in zip(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+        ):
+            prompt = tokenizer.decode(source[mask == 1].tolist()[1:])
+            rest = tokenizer.decode(labels[labels != IGNORED].tolist(), skip_special_tokens=True)
+            assert any(prompt + rest in text for text in corpus.texts)
+
+
+def test_a_prompt_is_its_task_token_and_its_text(tokenizer):
+    together, alone = encode(tokenizer, [continue_prompt("The bird saw"), "The bird saw"])
+    assert together == encode(tokenizer, [continue_prompt("")])[0] + alone
+
+
+def test_infilling_hides_the_share_asked_for():
+    generator = np.random.default_rng(0)
+    hidden = []
+    for _ in range(200):
+        noisy = infill(range(100, 200), 3, generator)
+        kept = [token for token in noisy if token != 3]
+        assert kept == sorted(kept) and set(kept) <= set(range(100, 200))
+        assert all(not (a == b == 3) for a, b in itertools.pairwise(noisy))
+        hidden.append(100 - len(kept))
+    assert 29 < np.mean(hidden) < 34  # 30, and on average half a span more
+
+
+def test_labels_of_reviews_are_tokens_or_classes(tasks, tokenizer, options, corpus):
+    written = tasks["classify"].batch(1)["labels"]
+    run = dataclasses.replace(options, head="classification", tasks={"classify": options.tasks["classify"]})
+    (task,) = build_tasks(tokenizer, run, corpus, train=True)
+    classes = task.batch(1)["labels"]
+    answers = tokenizer.convert_tokens_to_ids(["<negative>", "<positive>"])
+    assert written[:, 0].tolist() == [answers[label] for label in classes]
+    assert (written[:, 1] == tokenizer.eos_token_id).all()
+
+
+def test_soft_labels_are_drawn_in_their_proportion(tokenizer, options, corpus, tmp_path):
+    path = tmp_path / "teacher.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"text": review.text, "positive": 0.7}) for review in corpus.reviews)
+    )
+    taught = TaskOptions(batch=32, teacher=str(path), teacher_share=1.0)
+    run = dataclasses.replace(options, head="classification", tasks={"classify": taught})
+    (task,) = build_tasks(tokenizer, run, corpus, train=True)
+    drawn = torch.cat([task.batch(step)["labels"] for step in range(100)])
+    assert drawn.float().mean().item() == pytest.approx(0.7, abs=0.03)  # 3 sigma of 3200 draws: 0.024
+    (held_out,) = build_tasks(tokenizer, run, corpus, train=False)
+    assert set(held_out.positive) == {0.0, 1.0}
+
+
+def test_soft_labels_that_cannot_be_read_are_refused(tokenizer, options, corpus, tmp_path):
+    path = tmp_path / "teacher.jsonl"
+    path.write_text('{"text": "x"}')
+    with pytest.raises(DataError, match="soft labels"):
+        ClassifyTask(tokenizer, TaskOptions(2, teacher=str(path)), options, corpus.reviews, True)
+
+
+def test_a_label_outside_the_set_is_refused(tokenizer, options):
+    with pytest.raises(DataError, match="label 2 of the review 'so so' is neither"):
+        ClassifyTask(tokenizer, TaskOptions(2), options, [Review("so so", 2, "en", "train")], True)
+
+
+def test_an_empty_set_is_refused(tokenizer, options):
+    with pytest.raises(DataError, match="no drawings to train on"):
+        CaptionTask(tokenizer, TaskOptions(2), options, NO_DRAWINGS, True)
+    with pytest.raises(DataError, match="no reviews to train on"):
+        ClassifyTask(tokenizer, TaskOptions(2), options, [], True)
+
+
+@pytest.mark.parametrize("name", ["caption", "continue", "denoise", "classify"])
+def test_the_loss_is_the_models_own(tasks, model, name):
+    batch = tasks[name].batch(0)
+    # fp32 sums in another order.
+    torch.testing.assert_close(generation_loss(model, batch), model(**batch).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_only_matrices_decay(model):
+    decayed, others = make_optimizer(model, 0.1).param_groups
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    free = {names[id(parameter)] for parameter in others["params"]}
+    assert "model.shared.weight" in free and any(name.endswith("bias") for name in free)
+    total = sum(len(group["params"]) for group in (decayed, others))
+    assert total == len(list(model.parameters()))
