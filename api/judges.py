@@ -17,19 +17,16 @@ from numpy.typing import NDArray
 from gemini.benchmarks.accuracy import record_teacher, score_generator
 from gemini.benchmarks.agreement import score_classifier, score_embedder
 from gemini.benchmarks.latency import measure_encoder, measure_generator, measure_image
-from gemini.benchmarks.text import TextSource, split_sentences, spread, token_windows
+from gemini.benchmarks.text import TextSource, split_sentences, spread
 from gemini.errors import UsageError
 from gemini.export.graphs import encoder_graph
 from gemini.model.checkpoint import Checkpoint
+from gemini.pair_judge import PairJudge
 from gemini.runtime import Embedder, ImageClassifier, TextClassifier, TextGenerator
 from gemini.runtime.tokenizer import TokenBatch
+from gemini.samples import NEW_TOKENS, PROMPT_TOKENS, WINDOWS, Score, pictures, text_windows
 
-WINDOW, WINDOWS = 512, 4
 SENTENCES = 300
-IMAGES = 64
-PROMPT_TOKENS, NEW_TOKENS = 128, 64
-
-Score = dict[str, Any]
 
 
 class Judge(Protocol):
@@ -140,17 +137,12 @@ class EncoderJudge:
 
 
 class ImageJudge:
-    """Class logits of seeded synthetic pictures: smooth colour fields with noise, the spectrum of real
-    images."""
+    """Class logits of seeded synthetic pictures."""
 
     metric = "agreement"
 
     def __init__(self, checkpoint: Checkpoint, shape: Sequence[int]) -> None:
-        self.checkpoint = checkpoint
-        generator = torch.Generator().manual_seed(0)
-        coarse = torch.randn(IMAGES, shape[0], 4, 4, generator=generator)
-        smooth = torch.nn.functional.interpolate(coarse, size=tuple(shape[1:]), mode="bilinear")
-        self.pixels = smooth + 0.1 * torch.randn(smooth.shape, generator=generator)
+        self.checkpoint, self.pixels = checkpoint, pictures(shape)
         self.expected = self._torch()
         self.reference = self._score(self.expected)
 
@@ -184,17 +176,10 @@ def make_judge(checkpoint: Checkpoint, text: TextSource, folder: Path) -> Judge:
     """The judge of the checkpoint's family; ``folder`` holds the recorded reference of a generator."""
     if checkpoint.family == "decoder":
         return GeneratorJudge(checkpoint, text, folder)
+    if checkpoint.family == "encoder-decoder":
+        return PairJudge(checkpoint, text, folder)
     if checkpoint.family == "encoder":
         return EncoderJudge(checkpoint, text)
     from gemini.export.graphs import sample_inputs
 
     return ImageJudge(checkpoint, sample_inputs(checkpoint)["pixel_values"].shape[1:])
-
-
-def text_windows(
-    checkpoint: Checkpoint, text: TextSource, count: int, window: int = WINDOW
-) -> list[NDArray[np.int64]]:
-    """The text as ``count`` token windows (1, window) int64, at most the model's context long."""
-    assert checkpoint.tokenizer is not None
-    ids = checkpoint.tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    return token_windows(ids, min(window, checkpoint.context_length or window), count)

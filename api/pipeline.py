@@ -28,8 +28,10 @@ from gemini.compress.specs import QuantizeInt4
 from gemini.errors import GateError
 from gemini.export.bundle import check_output, commit, describe, staging, write_companions, write_manifest
 from gemini.export.exporter import export_checkpoint
-from gemini.judges import Judge, make_judge, text_windows
+from gemini.judges import Judge, make_judge
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
+from gemini.pair_judge import calibration_feeds
+from gemini.samples import text_windows
 
 CALIBRATION_WINDOWS, CALIBRATION_WINDOW = 12, 256
 
@@ -71,7 +73,7 @@ def compress_model(
                 with dense_weights(checkpoint.model):
                     nearest = judge.score_torch()
         with stages("compress"):
-            passes = run_recipe(checkpoint, chosen, windows, progress)
+            passes = run_recipe(checkpoint, chosen, calibration_feeds(checkpoint, windows or ()), progress)
         with stages("export and verify"):
             exported = export_checkpoint(checkpoint, folder, progress)
         manifest = describe(checkpoint, exported)

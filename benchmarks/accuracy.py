@@ -114,7 +114,8 @@ def score_generator(
 ) -> GeneratorScore:
     """Score next-token predictions over the windows; position t predicts token t + 1.
 
-    logits_of: ids (1, S) int64 -> logits (1, S, V). Raises VerificationError if any logit is not a number.
+    logits_of: ids (1, S) int64 -> logits (1, S, V), or those of fewer positions, the last. Raises
+    VerificationError if any logit is not a number.
     """
     if teacher is not None and teacher.digests != tuple(_digest(ids) for ids in windows):
         raise ValueError("the teacher was recorded on other windows")
@@ -137,11 +138,11 @@ def score_generator(
 
 
 def _predictions(logits_of: Logits, ids: NDArray[np.int64]) -> tuple[FloatArray, NDArray[np.int64]]:
-    """Logits (S - 1, V) that have a target, and the targets (S - 1,)."""
+    """Logits (n - 1, V) that have a target, and the targets (n - 1,), of the last n <= S positions."""
     logits = np.asarray(logits_of(ids))
-    if logits.ndim != 3 or logits.shape[:2] != ids.shape or ids.shape[0] != 1:
+    if logits.ndim != 3 or logits.shape[1] > ids.shape[1] or logits.shape[0] != 1 or ids.shape[0] != 1:
         raise ValueError(f"logits {logits.shape} for ids {ids.shape}, expected (1, S, V)")
-    return logits[0, :-1], ids[0, 1:]
+    return logits[0, :-1], ids[0, ids.shape[1] - logits.shape[1] + 1 :]
 
 
 def _chunks(logits: FloatArray) -> list[tuple[int, int]]:

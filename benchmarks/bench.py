@@ -68,7 +68,7 @@ def run_bench(
         "schema_version": BENCH_SCHEMA,
         "task": tasks[0],
         "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens if tasks[0] == "text-generation" else None,
+        "new_tokens": new_tokens if field[0].generate is not None else None,
         "repeat": repeat,
         "warmup": WARMUP,
         "host": host_facts(field[0].threads, field[0].device),

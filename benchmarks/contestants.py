@@ -18,7 +18,9 @@ from gemini.errors import UsageError
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.checks import check_graph
 from gemini.runtime.decoder import Decoder
-from gemini.runtime.schema import DecoderModel, EncoderModel
+from gemini.runtime.external_data import external_bytes
+from gemini.runtime.schema import DecoderModel, EncoderDecoderModel, EncoderModel
+from gemini.runtime.seq2seq import Seq2SeqGenerator
 from gemini.runtime.session import open_graph, run_graph
 
 
@@ -38,6 +40,8 @@ def check_length(bundle: Bundle, prompt_tokens: int, new_tokens: int) -> None:
     model = bundle.manifest.model
     if isinstance(model, DecoderModel):
         prompt_tokens += new_tokens
+    elif isinstance(model, EncoderDecoderModel):
+        prompt_tokens = max(prompt_tokens if model.vocab_size else 0, new_tokens + 2)  # start and first token
     elif not isinstance(model, EncoderModel):
         return
     if prompt_tokens > model.context_length:
@@ -54,6 +58,8 @@ def open_contestant(
     model = bundle.manifest.model
     if isinstance(model, DecoderModel):
         return _open_decoder(bundle, model, prompt_tokens, new_tokens, threads, device, stack)
+    if isinstance(model, EncoderDecoderModel):
+        return _open_pair(bundle, model, prompt_tokens, new_tokens, threads, device, stack)
     graph = open_graph(bundle, bundle.manifest.family, device, threads)
     if isinstance(model, EncoderModel):
         feeds: dict[str, NDArray[Any]] = _encoder_feeds(model, prompt_tokens)
@@ -84,6 +90,29 @@ def _open_decoder(
     )
 
 
+def _open_pair(
+    bundle: Bundle,
+    model: EncoderDecoderModel,
+    prompt_tokens: int,
+    new_tokens: int,
+    threads: int | None,
+    device: str,
+    stack: ExitStack,
+) -> Contestant:
+    """The prompt goes through the encoder, which the time to the first token therefore holds."""
+    graphs = {name: open_graph(bundle, name, device, threads) for name in bundle.manifest.graphs}
+    session = Seq2SeqGenerator(bundle, graphs)
+    pixels = None
+    if model.vocab_size is None and model.image is not None:
+        shape = (1, model.image.channels, model.image.height, model.image.width)
+        pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    inference = session.inference(new_tokens, pixels)
+    stack.callback(inference.close)
+    prompt = random_prompt(prompt_tokens, model.vocab_size or model.decoder.vocab_size)
+    generate = partial(time_generation, inference, prompt, new_tokens)
+    return Contestant(bundle, session.threads, session.device, generate=generate)
+
+
 def _encoder_feeds(model: EncoderModel, tokens: int) -> dict[str, NDArray[Any]]:
     ids = random_prompt(tokens, model.vocab_size)
     fill = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
@@ -91,10 +120,9 @@ def _encoder_feeds(model: EncoderModel, tokens: int) -> dict[str, NDArray[Any]]:
 
 
 def bytes_per_token(bundle: Bundle) -> int:
-    """Weight bytes that one decoding step reads: all of the graph's data.
+    """Weight bytes that one decoding step reads: all of the decoder graph's data.
 
     Exact where the embedding is tied to the head, which reads it whole; an upper bound where it is not.
     """
     graph = bundle.graph("decoder")
-    data = graph.with_name(graph.name + ".data")
-    return folder_bytes(data if data.exists() else graph)
+    return external_bytes(graph.read_bytes()) or folder_bytes(graph)

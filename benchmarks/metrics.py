@@ -21,6 +21,7 @@ METRICS = {
     "cosine_mean": Metric("Cosine, mean", True, 4),
     "cosine_min": Metric("Cosine, lowest", True, 4),
     "neighbour_agreement": Metric("Same neighbour", True, "percent"),
+    "image_agreement": Metric("Same first word of images", True, "percent"),
     "agreement": Metric("Same decision", True, "percent"),
     "accuracy": Metric("Accuracy", True, "percent"),
     "logit_difference": Metric("Largest logit difference", False, 4),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gemini.compress.calibrate import Window, collect_input_moments
-from gemini.compress.layers import Bnb4, Channels, Integers, make_linear, make_table
+from gemini.compress.fold import fold_batch_norms
+from gemini.compress.layers import Bnb4, Channels, Integers, make_conv, make_copy, make_linear, make_table
 from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
 from gemini.compress.select import Selection, select_layers, weight_of
@@ -38,10 +39,15 @@ Format = Integers | Channels | Bnb4
 def quantize_int8(
     model: nn.Module, spec: QuantizeInt8, windows: Sequence[Window], progress: bool
 ) -> PassReport:
-    """8-bit linears per block or per channel; embedding and head per block, for which there are operators."""
+    """8-bit linears per block or per channel; embedding and head per block, for which there are operators.
+
+    Convolutions per output channel.
+    """
     per_block = spec.granularity if isinstance(spec.granularity, PerBlock) else None
     size = (per_block or PerBlock()).size
-    selection = select_layers(model, size if per_block else 1, spec.skip, size if spec.embeddings else None)
+    selection = select_layers(
+        model, size if per_block else 1, spec.skip, size if spec.embeddings else None, convolutions=True
+    )
     linear = Integers(8, size) if per_block else Channels()
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
     return _edit(model, spec, selection, formats, Integers(8, size), {}, progress)
@@ -52,7 +58,7 @@ def quantize_int4(
 ) -> PassReport:
     """4-bit linears with searched scales and zero points; embedding and head at their own width."""
     table_size = None if spec.embedding_bits == 32 else spec.embedding_block_size
-    selection = select_layers(model, spec.block_size, spec.skip, table_size)
+    selection = select_layers(model, spec.block_size, spec.skip, table_size, convolutions=True)
     moments: dict[str, Tensor] = {}
     if windows and (spec.search or spec.sensitive_share):
         moments = collect_input_moments(model, windows, selection.linears, progress)
@@ -86,10 +92,13 @@ def run_recipe(
 ) -> list[PassReport]:
     """Apply the passes in order to ``checkpoint.model``, in place, and report on each.
 
+    Batch norms are folded into their convolutions first, so that what is quantized is what will run.
+
     ``calibration``: int64 token windows (1, S), or mappings of model inputs to arrays; without it the int4
     search weighs all input features alike. RecipeError if a pass finds nothing to change.
     """
     reports = []
+    folded = fold_batch_norms(checkpoint.model) if recipe.specs else []
     for spec in recipe.specs:
         start = time.perf_counter()
         spec = settled(spec, checkpoint.family)
@@ -99,7 +108,8 @@ def run_recipe(
             raise RecipeError(
                 f"The pass {spec.type} finds no layer to change{first}.", "Use the recipe fp32."
             )
-        reports.append(replace(report, seconds=time.perf_counter() - start))
+        reports.append(replace(report, seconds=time.perf_counter() - start, folded=folded))
+        folded = []
     return reports
 
 
@@ -107,7 +117,7 @@ def settled(spec: Spec, family: str) -> Spec:
     """The spec with every choice that depends on the family of the model made."""
     if not isinstance(spec, QuantizeInt8) or not isinstance(spec.granularity, ByFamily):
         return spec
-    return replace(spec, granularity=PerBlock() if family == "decoder" else PerChannel())
+    return replace(spec, granularity=PerBlock() if "decoder" in family else PerChannel())
 
 
 def _edit(
@@ -128,6 +138,7 @@ def _edit(
     for name in wide:
         packed[name] = _pack(model, name, Integers(8, table.block_size), moments.get(name))
     layers = [*_edit_ends(model, selection, table), *(report for _, report in packed.values())]
+    layers += _edit_convolutions(model, selection)
     for name, (new, _) in packed.items():
         _replace(model, model.get_submodule(name), new)
     return PassReport(
@@ -175,6 +186,18 @@ def _edit_ends(model: nn.Module, selection: Selection, table: Integers) -> Itera
         _replace(model, head, new)
     if selection.embedding and shared is not None:
         _replace(model, old, shared)
+        for name, scale_by in selection.copies:
+            _replace(model, model.get_submodule(name), make_copy(shared, scale_by))
+
+
+def _edit_convolutions(model: nn.Module, selection: Selection) -> Iterator[LayerReport]:
+    """Pack the selected convolutions."""
+    for name in selection.convolutions:
+        old = model.get_submodule(name)
+        assert isinstance(old, nn.Conv2d)
+        new = make_conv(old)
+        yield layer_report(name, "convolution", old.weight.detach().flatten(1), new, None)
+        _replace(model, old, new)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

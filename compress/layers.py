@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from gemini.compress.modules import NF4, Bnb4Linear, ChannelwiseLinear, QuantizedEmbedding, QuantizedLinear
+from gemini.compress.modules import (
+    NF4,
+    Bnb4Linear,
+    ChannelwiseConv,
+    ChannelwiseLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+)
 from gemini.compress.quantize import Quantized, quantize, quantize_bnb4, quantize_channels
 
 
@@ -60,6 +67,21 @@ def make_table(weight: Tensor, form: Integers, scale_by: float | None) -> Quanti
     return QuantizedEmbedding(
         rows, columns, form.bits, form.block_size, made.qweight, made.scales, made.zero_points, scale_by
     )
+
+
+def make_copy(table: QuantizedEmbedding, scale_by: float | None) -> QuantizedEmbedding:
+    """Another embedding over the buffers of ``table``."""
+    buffers = (table.qweight, table.scales, table.zero_points)
+    shape = (table.num_embeddings, table.embedding_dim, table.bits, table.block_size)
+    return QuantizedEmbedding(*shape, *buffers, scale_by)
+
+
+def make_conv(layer: nn.Conv2d) -> ChannelwiseConv:
+    """The packed convolution for a float one."""
+    weight = layer.weight.detach()
+    codes, scales = quantize_channels(weight.flatten(1))
+    bias = None if layer.bias is None else layer.bias.detach().clone()
+    return ChannelwiseConv(layer, codes.reshape(weight.shape), scales, bias)
 
 
 def _quantize(weight: Tensor, form: Integers, importance: Tensor | None) -> Quantized:

@@ -2,6 +2,7 @@
 
     QuantizedLinear -> MatMulNBits          QuantizedEmbedding -> GatherBlockQuantized
     ChannelwiseLinear -> DynamicQuantizeMatMul          Bnb4Linear -> MatMulBnb4
+    ChannelwiseConv -> DequantizeLinear and Conv
 
 Their ``forward`` is the float reference of that operator: weights dequantized, activations untouched.
 """
@@ -123,6 +124,43 @@ class ChannelwiseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int8 per channel"
+
+
+class ChannelwiseConv(nn.Module):
+    """A 2-D convolution with int8 weights and one scale per output channel; activations stay float."""
+
+    qweight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Conv2d, qweight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+        """``qweight`` int8 like the layer's weight (O, I / groups, kh, kw), ``scales`` float32 (O,)."""
+        super().__init__()
+        self.stride, self.padding = layer.stride, layer.padding
+        self.dilation, self.groups = layer.dilation, layer.groups
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+
+    def dequantized(self) -> Tensor:
+        """The weight as float32 (O, I / groups, kh, kw)."""
+        return self.qweight.float() * self.scales[:, None, None, None]
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight, for model code that reads ``layer.weight`` (its dtype, mostly)."""
+        return self.dequantized()
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer over another spelling of its weight."""
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, H, W) -> (B, O, H', W')."""
+        return self.convolve(x, self.dequantized())
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.qweight.shape)}, int8 per channel"
 
 
 class Bnb4Linear(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class LayerReport:
     """
 
     name: str
-    kind: str  # "linear" | "embedding" | "head" | "tied head"
+    kind: str  # "linear" | "embedding" | "head" | "tied head" | "convolution"
     bits: int
     block_size: int | None  # None: one scale per output channel
     symmetric: bool
@@ -33,7 +34,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PassReport:
-    """One pass: its options, the layers it changed or left alone, and the price of a weight in bits."""
+    """One pass: its options, the layers it changed or left alone, and the price of a weight in bits.
+
+    ``folded``: batch norms that became part of their convolutions before it.
+    """
 
     type: str
     options: dict[str, Any]
@@ -42,6 +46,7 @@ class PassReport:
     bits_per_weight: float
     calibration_windows: int
     seconds: float
+    folded: Sequence[str] = ()
 
 
 def layer_report(
@@ -53,7 +58,7 @@ def layer_report(
     stored = sum(
         b.numel() * b.element_size() for key, b in module.named_buffers(recurse=False) if key != "bias"
     )
-    error = relative_error(weight, module.dequantized(), importance)
+    error = relative_error(weight, module.dequantized().flatten(1), importance)
     size = getattr(module, "block_size", None)
     return LayerReport(name, kind, bits, size, symmetric, weight.numel(), stored, error)
 

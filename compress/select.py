@@ -28,35 +28,45 @@ class Selection:
     """Names of the layers a pass works on; ``head`` and ``embedding`` are not among ``linears``.
 
     ``tied``: head and embedding hold the same table, so they are quantized once. ``scale_by``: the constant
-    that the embedding module multiplies its rows with, None for 1.
+    that the embedding module multiplies its rows with, None for 1. ``copies``: further embeddings over the
+    same table, as encoder and decoder have them, each with its own constant.
     """
 
     linears: tuple[str, ...]
+    convolutions: tuple[str, ...]
     embedding: str | None
     head: str | None
     tied: bool
     scale_by: float | None
+    copies: tuple[tuple[str, float | None], ...]
     skipped: tuple[Skipped, ...]
 
 
 def select_layers(
-    model: nn.Module, block_size: int, skip: tuple[str, ...], table_block_size: int | None
+    model: nn.Module,
+    block_size: int,
+    skip: tuple[str, ...],
+    table_block_size: int | None,
+    convolutions: bool = False,
 ) -> Selection:
-    """Sort the layers of ``model`` into linears, token embedding, head and skipped ones.
+    """Sort the layers of ``model`` into linears, convolutions, token embedding, head and skipped ones.
 
     ``block_size`` of the linears, ``table_block_size`` of token embedding and head (None: they stay fp32),
-    ``skip`` glob patterns over module names.
+    ``skip`` glob patterns over module names, ``convolutions`` whether the pass has a format for those.
     """
     names = {module: name for name, module in model.named_modules()}
     embedding, head = _embedding_of(model), _head_of(model)
     tied = embedding is not None and head is not None and _same_table(embedding, head)
-    shared = _shared_weights(model, {embedding, head} if tied else set())
+    copies = _copies_of(model, embedding)
+    one_table = {embedding, *copies, *({head} if tied else ())}
+    shared = _shared_weights(model, one_table)
     routers = _routers(model)
     linears: list[str] = []
+    filters: list[str] = []
     ends: dict[nn.Module, str] = {}
     skipped: list[Skipped] = []
     for module, name in names.items():
-        is_end = module in (embedding, head)
+        is_end = module in one_table or module is head
         if is_end:
             reason = None if table_block_size else "the recipe keeps token embedding and head in fp32"
         elif module in shared:
@@ -65,30 +75,38 @@ def select_layers(
             reason = "it routes tokens to experts"
         else:
             reason = None
+        if convolutions and type(module) is nn.Conv2d:
+            reason = _conv_reason(name, module, skip)
+            if reason:
+                skipped.append(Skipped(name, reason))
+            else:
+                filters.append(name)
+            continue
         if not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             skipped += _float_weights(name, module)
             continue
         size = table_block_size or block_size if is_end else block_size
-        reason = reason or reason_to_skip(name, module, size, skip, is_token_table=module is embedding)
+        is_table = module is embedding or module in copies
+        reason = reason or reason_to_skip(name, module, size, skip, is_token_table=is_table)
         if reason:
             skipped.append(Skipped(name, reason))
         elif is_end:
             ends[module] = name
         else:
             linears.append(name)
-    if tied and len(ends) == 1:  # one of the two must stay float, so the table stays and both use it
-        only = next(iter(ends.values()))
-        skipped.append(Skipped(only, "it shares its weight with a layer that stays fp32"))
-        ends, tied = {}, False
-    scale_by = (
-        embedding_scale(embedding) if embedding in ends and isinstance(embedding, nn.Embedding) else None
-    )
+    users = {module for module in one_table if module is not None}
+    if not users <= set(ends):  # one of them must stay float, so the table stays and all use it
+        for module in users & set(ends):
+            skipped.append(Skipped(ends.pop(module), "it shares its weight with a layer that stays fp32"))
+        tied = False
     return Selection(
         tuple(linears),
+        tuple(filters),
         ends.get(embedding) if embedding is not None else None,
         ends.get(head) if head is not None else None,
         tied,
-        None if scale_by == 1.0 else scale_by,
+        _factor(embedding) if embedding is not None and embedding in ends else None,
+        tuple((ends[copy], _factor(copy)) for copy in copies if copy in ends),
         tuple(skipped),
     )
 
@@ -110,6 +128,19 @@ def reason_to_skip(
     if isinstance(module, nn.Embedding):
         return _embedding_reason(module, is_token_table)
     return _linear_reason(module)
+
+
+def _conv_reason(name: str, module: nn.Conv2d, skip: tuple[str, ...]) -> str | None:
+    for pattern in skip:
+        if fnmatchcase(name, pattern):
+            return f"the recipe skips {pattern}"
+    if module.weight.numel() < MIN_WEIGHTS:
+        return f"{module.weight.numel()} weights are too few to save anything"
+    if module.padding_mode != "zeros" or torch.nn.utils.parametrize.is_parametrized(module):
+        return f"{type(module).__name__} computes more than a convolution"
+    return (
+        None if bool(torch.isfinite(module.weight).all()) else "its weight holds values that are not finite"
+    )
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -169,9 +200,27 @@ def _float_weights(name: str, module: nn.Module) -> list[Skipped]:
     return found
 
 
+def _factor(embedding: nn.Embedding) -> float | None:
+    """The constant that the module multiplies its rows with, None for 1."""
+    scale = embedding_scale(embedding)
+    return None if scale == 1.0 else scale
+
+
+def _copies_of(model: nn.Module, embedding: nn.Embedding | None) -> list[nn.Embedding]:
+    """Other embeddings that hold the token embedding's numbers, as those of encoder and decoder often do."""
+    if embedding is None:
+        return []
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding]
+    return [other for other in others if _same_table(embedding, other)]
+
+
 def _embedding_of(model: nn.Module) -> nn.Embedding | None:
     """The token embedding, as transformers models report it; vision models report a patch projection."""
     module = _ask(model, "get_input_embeddings")
+    pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    if not isinstance(module, nn.Embedding) and pair:
+        decoder = _ask(model, "get_decoder")
+        module = _ask(decoder, "get_input_embeddings") if isinstance(decoder, nn.Module) else None
     return module if isinstance(module, nn.Embedding) else None
 
 
@@ -188,9 +237,9 @@ def _ask(model: nn.Module, method: str) -> object:
         return None
 
 
-def _same_table(embedding: nn.Embedding, head: nn.Module) -> bool:
+def _same_table(embedding: nn.Embedding, other: nn.Module) -> bool:
     """Whether both hold the same numbers; flags such as tie_word_embeddings are not trusted."""
-    table, weight = embedding.weight.detach(), weight_of(head)
+    table, weight = embedding.weight.detach(), weight_of(other)
     if table.shape != weight.shape:
         return False
     return table.data_ptr() == weight.data_ptr() or torch.equal(table, weight)

@@ -55,9 +55,10 @@ Granularity = PerChannel | PerBlock | ByFamily
 
 @dataclass(frozen=True)
 class QuantizeInt8:
-    """Linear weights and the token embedding at 8 bits, round to nearest, symmetric.
+    """Weights of linears and convolutions and the token embedding at 8 bits, round to nearest, symmetric.
 
-    ``skip`` holds glob patterns over module names that stay fp32.
+    A convolution has one scale an output channel, and its activations stay float. ``skip`` holds glob
+    patterns over module names that stay fp32.
     """
 
     type: ClassVar[str] = "quantize_int8"
@@ -83,6 +84,7 @@ class QuantizeInt8:
 class QuantizeInt4:
     """Linear weights in 4-bit blocks, the token embedding and the head at ``embedding_bits``.
 
+    Convolutions get 8 bits: they hold few of the weights and the pixels nearest to the input.
     ``search`` fits scale and zero point to the error weighted by E[x^2]; without it, nearest.
     The layers with the largest relative error, up to ``sensitive_share`` of the linear weights, get 8 bits.
     """

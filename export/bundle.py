@@ -17,7 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gemini.errors import BundleError
+from gemini.errors import BundleError, ExportError
+from gemini.export.encoder_decoder import decoder_vocabulary
 from gemini.export.exporter import Exported
 from gemini.model.checkpoint import Checkpoint
 from gemini.runtime.bundle import MANIFEST_NAME, file_digest, seal
@@ -140,8 +141,10 @@ def describe(checkpoint: Checkpoint, exported: Exported) -> dict[str, Any]:
             "opsets": exported.opsets,
         },
     }
-    if checkpoint.family == "decoder":
+    if "decoder" in checkpoint.family:
         manifest["generation"] = _generation(checkpoint)
+    if checkpoint.family == "encoder-decoder":
+        manifest["generation"] |= answer_facts(checkpoint)
     return manifest
 
 
@@ -158,7 +161,10 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.model.generation_config
     eos = config.eos_token_id
-    vocabulary = checkpoint.model.get_input_embeddings().num_embeddings
+    if checkpoint.family == "decoder":
+        vocabulary = checkpoint.model.get_input_embeddings().num_embeddings
+    else:
+        vocabulary = decoder_vocabulary(checkpoint.model)
     known = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None and 0 <= i < vocabulary]
     defaults = {
         name: getattr(config, name, None)
@@ -169,6 +175,30 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "pad_token_id": config.pad_token_id,
         "defaults": {name: value for name, value in defaults.items() if value is not None},
+    }
+
+
+def answer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How answers of an encoder-decoder begin, which tokens they never hold, how tasks are asked for."""
+    config, own = checkpoint.model.generation_config, checkpoint.model.config
+    names = ("decoder_start_token_id", "bos_token_id")
+    starts = (getattr(source, name, None) for name in names for source in (config, own))
+    start = next((token for token in starts if token is not None), None)
+    if start is None:
+        raise ExportError(
+            "The checkpoint does not say which token the decoder starts with.",
+            "Set decoder_start_token_id in generation_config.json.",
+        )
+    # A list would be one start a language, of which the first is as good as any.
+    first = [start[0] if isinstance(start, list) else start]
+    forced = [] if config.forced_bos_token_id is None else [config.forced_bos_token_id]
+    suppressed = {*(config.suppress_tokens or ()), *(w[0] for w in config.bad_words_ids or () if len(w) == 1)}
+    tasks = getattr(own, "task_specific_params", None) or {}
+    prefixes = {task: options.get("prefix") for task, options in tasks.items() if isinstance(options, dict)}
+    return {
+        "decoder_start_ids": first + forced,
+        "suppressed_ids": sorted(suppressed),
+        "prefixes": {task: prefix for task, prefix in prefixes.items() if prefix},
     }
 
 

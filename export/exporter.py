@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import onnx_ir as ir
 
 from gemini.compress.dense import dense_weights
 from gemini.errors import ExportError, VerificationError
-from gemini.export import graphs, verify
+from gemini.export import encoder_decoder, graphs, verify, verify_encoder_decoder
 from gemini.export.blame import running_modules
 from gemini.export.finish import finish
 from gemini.export.float_compute import float_compute
@@ -35,6 +36,14 @@ class TraceFailure(Exception):
 
 
 @dataclass(frozen=True)
+class Caches:
+    """Shapes of what a decoder keeps: of its own tokens, and of the encoder's vectors. Empty for others."""
+
+    own: list[LayerShape]
+    cross: list[LayerShape]
+
+
+@dataclass(frozen=True)
 class Exported:
     """What an export left in its folder, and what the manifest says about it."""
 
@@ -52,16 +61,16 @@ class Exported:
 
 
 def export_checkpoint(checkpoint: Checkpoint, folder: Path, progress: bool = True) -> Exported:
-    """Write the checkpoint's graph and weights into ``folder`` (which exists); torch's module is left as it
+    """Write the checkpoint's graphs and weights into ``folder`` (which exists); torch's module is left as it
     was.
 
     Raises ExportError when no form of the ladder can express the model, with the reason of each refusal.
     """
-    layers = graphs.cache_layers(checkpoint) if checkpoint.family == "decoder" else []
+    caches = _caches(checkpoint)
     refused: list[str] = []
     for form in LADDERS[checkpoint.family]:
         try:
-            return _export_form(checkpoint, form, layers, folder, refused, progress)
+            return _export_form(checkpoint, form, caches, folder, refused, progress)
         except (FormMismatch, VerificationError) as reason:
             refused.append(f"{form}: {reason}")
         except (ExportError, OSError, KeyboardInterrupt):
@@ -70,7 +79,7 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path, progress: bool = Tru
             refused.append(f"{form}: {failure}")
         except Exception as error:  # onnxruntime and onnx_ir raise dozens of kinds
             refused.append(f"{form}: {_first_line(error)}")
-        for leftover in folder.glob(f"{checkpoint.family}.onnx*"):
+        for leftover in folder.glob("*.onnx*"):
             leftover.unlink()
     raise ExportError(
         f"{type(checkpoint.model).__name__} cannot be exported: {refused[-1].partition(': ')[2]}",
@@ -78,67 +87,92 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path, progress: bool = Tru
     )
 
 
+def _caches(checkpoint: Checkpoint) -> Caches:
+    if checkpoint.family == "encoder-decoder":
+        return Caches(*encoder_decoder.cache_shapes(checkpoint))
+    return Caches(graphs.cache_layers(checkpoint) if checkpoint.family == "decoder" else [], [])
+
+
 def _export_form(
     checkpoint: Checkpoint,
     form: Form,
-    layers: list[LayerShape],
+    caches: Caches,
     folder: Path,
     refused: list[str],
     progress: bool,
 ) -> Exported:
-    name = checkpoint.family
-    model, twins = _traced(checkpoint, form, layers)
-    fired = fuse(model)
-    finish(model)
-    operators = check_operators(model)
-    path, data = folder / f"{name}.onnx", folder / f"{name}.onnx.data"
-    sizes = write_weights(model, data, progress)
-    with float_compute(model), dense_weights(checkpoint.model):
-        write_graph(model, path)
-        verification = _verified(path, checkpoint, form, layers)
-    write_graph(model, path)
-    _check(path)
+    models, twins = _traced(checkpoint, form, caches)
+    paths = {name: folder / f"{name}.onnx" for name in models}
+    fired: Counter[str] = Counter()
+    operators: set[str] = set()
+    opsets: dict[str, int] = {}
+    for model in models.values():
+        fired.update(fuse(model))
+        finish(model)
+        operators |= set(check_operators(model))
+        opsets |= model.opset_imports
+    sizes = write_weights([*models.values()], folder / f"{checkpoint.family}.onnx.data", progress)
+    with ExitStack() as stack:
+        stack.enter_context(dense_weights(checkpoint.model))
+        for name, model in models.items():
+            stack.enter_context(float_compute(model))
+            write_graph(model, paths[name])
+        verification = _verified(paths, checkpoint, form, caches)
+    for name, model in models.items():
+        write_graph(model, paths[name])
+        _check(paths[name])
     return Exported(
-        graphs={name: path.name},
-        model=_facts(checkpoint, form, layers),
+        graphs={name: path.name for name, path in paths.items()},
+        model=_facts(checkpoint, form, caches),
         form=form,
         twins=dict(sorted(twins.items())),
-        fusions=fired,
-        operators=operators,
-        opsets=dict(sorted(model.opset_imports.items())),
-        nodes=len(model.graph),
-        bytes=_by_component(sizes, path),
+        fusions=dict(fired),
+        operators=sorted(operators),
+        opsets=dict(sorted(opsets.items())),
+        nodes=sum(len(model.graph) for model in models.values()),
+        bytes=_by_component(sizes, [*paths.values()]),
         verification=verification.to_dict(),
         refused=list(refused),
     )
 
 
-def _traced(checkpoint: Checkpoint, form: Form, layers: list[LayerShape]) -> tuple[ir.Model, Counter[str]]:
+def _traced(checkpoint: Checkpoint, form: Form, caches: Caches) -> tuple[dict[str, ir.Model], Counter[str]]:
+    """The graphs of the checkpoint's family by name, traced in this form."""
     model = checkpoint.model
-    head = model.get_output_embeddings() if checkpoint.family == "decoder" else None
-    sample = graphs.sample_inputs(checkpoint)
+    head = model.get_output_embeddings() if "decoder" in checkpoint.family else None
+    # Only a rotary inside the operator needs a dry run, and no pair of graphs is tried with one.
+    sample = {} if checkpoint.family == "encoder-decoder" else graphs.sample_inputs(checkpoint)
     with tracing(form) as state, twinned(model, form, checkpoint.context_length, sample, head) as twins:
+        picks = twins["PickPositions"] > 0
         if checkpoint.family == "decoder":
-            graph = graphs.decoder_graph(checkpoint, state, layers, head_picks=twins["PickPositions"] > 0)
+            parts = [graphs.decoder_graph(checkpoint, state, caches.own, picks)]
+        elif checkpoint.family == "encoder-decoder":
+            parts = encoder_decoder.all_graphs(checkpoint, state, caches.own, caches.cross, picks)
         elif checkpoint.family == "encoder":
-            graph = graphs.encoder_graph(checkpoint)
+            parts = [graphs.encoder_graph(checkpoint)]
         else:
-            graph = graphs.vision_graph(checkpoint)
+            parts = [graphs.vision_graph(checkpoint)]
         opset = NORM_OPSET if twins["NormTwin"] else LOWEST_OPSET
-        with running_modules(model) as running:
-            try:
-                return trace(graph, opset), Counter(twins)
-            except FormMismatch:
-                raise
-            except Exception as error:  # torch.export and the converter raise dozens of kinds
-                raise TraceFailure(f"{running.innermost()} fails with {_first_line(error)}") from error
+        traced = {}
+        for part in parts:
+            with running_modules(model) as running:
+                try:
+                    traced[part.name] = trace(part, opset)
+                except FormMismatch:
+                    raise
+                except Exception as error:  # torch.export and the converter raise dozens of kinds
+                    raise TraceFailure(f"{running.innermost()} fails with {_first_line(error)}") from error
+        return traced, Counter(twins)
 
 
 def _verified(
-    path: Path, checkpoint: Checkpoint, form: Form, layers: list[LayerShape]
+    paths: dict[str, Path], checkpoint: Checkpoint, form: Form, caches: Caches
 ) -> verify.Verification:
+    if checkpoint.family == "encoder-decoder":
+        return verify_encoder_decoder.verify_encoder_decoder(paths, checkpoint, form, caches.own)
+    (path,) = paths.values()
     if checkpoint.family == "decoder":
-        return verify.verify_decoder(path, checkpoint, form, layers)
+        return verify.verify_decoder(path, checkpoint, form, caches.own)
     if checkpoint.family == "encoder":
         return verify.verify_encoder(path, checkpoint, form, graphs.encoder_graph(checkpoint).module)
     return verify.verify_vision(path, checkpoint, form, graphs.vision_graph(checkpoint).module)
@@ -154,16 +188,20 @@ def _check(path: Path) -> None:
         ) from error
 
 
-def _facts(checkpoint: Checkpoint, form: Form, layers: list[LayerShape]) -> dict[str, Any]:
+def _facts(checkpoint: Checkpoint, form: Form, caches: Caches) -> dict[str, Any]:
     """What the runtime has to know about the model."""
     config = checkpoint.model.config
     if checkpoint.family == "decoder":
-        context = checkpoint.context_length or LONGEST_TABLE
+        return _decoder_facts(checkpoint, form, caches, _vocabulary(checkpoint))
+    if checkpoint.family == "encoder-decoder":
+        decoder = _decoder_facts(
+            checkpoint, form, caches, encoder_decoder.decoder_vocabulary(checkpoint.model)
+        )
         return {
-            "vocab_size": _vocabulary(checkpoint),
-            "context_length": min(context, LONGEST_TABLE) if form.rotary == "fused" else context,
-            "layers": [vars(layer) for layer in layers],
-            "cache": "shared" if form.shared_cache else "concat",
+            **encoder_decoder.source_facts(checkpoint),
+            "context_length": decoder["context_length"],
+            "cross": [vars(layer) for layer in caches.cross],
+            "decoder": decoder,
         }
     labels = None
     if checkpoint.task.endswith("classification"):
@@ -188,17 +226,27 @@ def _facts(checkpoint: Checkpoint, form: Form, layers: list[LayerShape]) -> dict
     }
 
 
+def _decoder_facts(checkpoint: Checkpoint, form: Form, caches: Caches, vocabulary: int) -> dict[str, Any]:
+    context = checkpoint.context_length or LONGEST_TABLE
+    return {
+        "vocab_size": vocabulary,
+        "context_length": min(context, LONGEST_TABLE) if form.rotary == "fused" else context,
+        "layers": [vars(layer) for layer in caches.own],
+        "cache": "shared" if form.shared_cache else "concat",
+    }
+
+
 def _vocabulary(checkpoint: Checkpoint) -> int:
     return int(checkpoint.model.get_input_embeddings().num_embeddings)
 
 
-def _by_component(sizes: dict[str, int], path: Path) -> dict[str, int]:
-    """Bytes by the first part of the module path that tells components apart, plus the graph itself."""
+def _by_component(sizes: dict[str, int], paths: list[Path]) -> dict[str, int]:
+    """Bytes by the first part of the module path that tells components apart, plus the graphs themselves."""
     totals: Counter[str] = Counter()
     for name, size in sizes.items():
         parts = [p for p in name.split("+")[0].split(".") if not p.isdigit() and p not in ("model", "head")]
         totals[".".join(parts[:-1][-2:]) or "other"] += size
-    totals["graph"] = path.stat().st_size
+    totals["graph"] = sum(path.stat().st_size for path in paths)
     return dict(totals.most_common())
 
 

@@ -11,6 +11,8 @@ AXES = {
     "input_ids": ("batch", "sequence"),
     "pixel_values": ("batch",),
     "logit_positions": ("batch", "positions"),
+    "cross_mask": ("batch", "source"),
+    "image_features": ("batch", "images"),
     "past.0.key": ("batch", None, "past"),
 }
 

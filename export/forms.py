@@ -38,6 +38,13 @@ DECODER_FORMS = (
     Form("model"),
     Form("model", norms=False),
 )
+# The decoder of a pair has its positions from the cache, so a rotary inside the operator is not tried.
+ENCODER_DECODER_FORMS = (Form("grouped"), Form("model"), Form("model", norms=False))
 ENCODER_FORMS = (Form("multi-head"), Form("model"), Form("model", norms=False))
 
-LADDERS = {"decoder": DECODER_FORMS, "encoder": ENCODER_FORMS, "vision": ENCODER_FORMS}
+LADDERS = {
+    "decoder": DECODER_FORMS,
+    "encoder": ENCODER_FORMS,
+    "vision": ENCODER_FORMS,
+    "encoder-decoder": ENCODER_DECODER_FORMS,
+}

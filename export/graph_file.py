@@ -1,7 +1,8 @@
-"""Write a graph and its weights: small tensors inside the .onnx file, large ones aligned in one data file.
+"""Write graphs and their weights: small tensors inside the .onnx files, large ones aligned in one data file.
 
-Tensors with equal bytes are stored once, whatever their shapes, so a head tied to an embedding costs
-nothing. The order is that of the graph, so equal graphs give equal files.
+Tensors with equal bytes are stored once, whatever their shapes and in whichever graph, so a head tied to an
+embedding costs nothing, and neither does a table that encoder and decoder share. The order is that of the
+graphs, so equal graphs give equal files.
 
 Source: ONNX external data, "location", "offset" and "length" keys of TensorProto.external_data.
 """
@@ -9,6 +10,8 @@ Source: ONNX external data, "location", "offset" and "length" keys of TensorProt
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,26 +23,26 @@ ALIGNMENT = 4096
 INLINE_BYTES = 1024
 
 
-def write_weights(model: ir.Model, data: Path, progress: bool = False) -> dict[str, int]:
-    """Write every large initializer into ``data`` and point the model at it; returns bytes by initializer
+def write_weights(models: Sequence[ir.Model], data: Path, progress: bool = False) -> dict[str, int]:
+    """Write every large initializer into ``data`` and point its model at it; returns bytes by initializer
     name.
 
     A tensor whose bytes are already in the file counts 0. The file is created even if it stays empty.
     """
     stored: dict[str, ir.ExternalTensor] = {}
-    sizes: dict[str, int] = {}
-    values = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    sizes: Counter[str] = Counter()
+    values = [v for m in models for v in m.graph.initializers.values() if v.const_value is not None]
     with data.open("wb") as file:
         for value in tqdm(values, desc="weights", unit="tensor", delay=2, disable=not progress, leave=False):
             tensor = value.const_value
             assert tensor is not None and value.name is not None
             if tensor.nbytes < INLINE_BYTES:
-                sizes[value.name] = tensor.nbytes
+                sizes[value.name] += tensor.nbytes
                 continue
             raw = tensor.tobytes()
             digest = hashlib.sha256(raw).hexdigest()
             first = stored.get(digest)
-            sizes[value.name] = 0 if first else len(raw)
+            sizes[value.name] += 0 if first else len(raw)
             if first is None:
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))
                 offset = file.tell()

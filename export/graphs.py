@@ -21,6 +21,7 @@ from gemini.export.trace_state import TraceState
 from gemini.export.twins.cache import GraphCache, Pair
 from gemini.export.twins.head import gather_positions
 from gemini.model.checkpoint import Checkpoint
+from gemini.model.vision import sample_pixels
 from gemini.runtime.schema import LayerShape
 
 
@@ -129,10 +130,7 @@ def pool(mode: str, normalize: bool) -> Callable[[torch.Tensor, torch.Tensor], t
 def sample_inputs(checkpoint: Checkpoint, batch: int = 2, length: int = 7) -> dict[str, torch.Tensor]:
     """Small valid inputs for the checkpoint's own forward."""
     if checkpoint.family == "vision":
-        config = checkpoint.model.config
-        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
-        generator = torch.Generator().manual_seed(0)
-        return {"pixel_values": torch.randn(batch, config.num_channels, *size, generator=generator)}
+        return {"pixel_values": sample_pixels(checkpoint.model, batch)}
     generator = torch.Generator().manual_seed(0)
     vocabulary = checkpoint.model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary // 2, vocabulary, (batch, length), generator=generator)

@@ -18,7 +18,7 @@ from gemini.errors import ExportError
 from gemini.export.forms import Form
 
 if TYPE_CHECKING:
-    from gemini.export.twins.cache import GraphCache
+    from gemini.export.twins.cache import CrossCache, GraphCache
 
 
 class FormMismatch(Exception):
@@ -40,6 +40,7 @@ class TraceState:
 
     form: Form
     cache: GraphCache | None = None
+    cross: CrossCache | None = None
     pending_rotary: RotaryTables | None = None
     logit_positions: torch.Tensor | None = None
 

@@ -95,7 +95,7 @@ def verify_decoder(path: Path, checkpoint: Checkpoint, form: Form, layers: list[
     expected = [_torch_logits(checkpoint, row) for row in ids]
     lengths = [9, 5, 1] if form.shared_cache else [9, 9, 9]
 
-    run = _Run(session, form, layers, batch=3, capacity=ids.shape[1])
+    run = DecoderRun(session, form, layers, batch=3, capacity=ids.shape[1])
     logits = run(ids[:, : max(lengths)], lengths)
     for row, length in enumerate(lengths):
         name = f"prefill, row {row} of {length} tokens"
@@ -106,22 +106,26 @@ def verify_decoder(path: Path, checkpoint: Checkpoint, form: Form, layers: list[
         reference = np.stack([expected[r][a : a + 1] for r, a in enumerate(at)])
         verification.record(f"decode step {step}", (3, at[0], 1), logits, reference)
 
-    run = _Run(session, form, layers, batch=1, capacity=ids.shape[1] + GREEDY)
+    run = DecoderRun(session, form, layers, batch=1, capacity=ids.shape[1] + GREEDY)
     logits = run(ids[:1, :7], [7])
     verification.record("prefill of one row", (1, 0, 7), logits[0], expected[0][:7])
     logits = run(ids[:1, 7:], [ids.shape[1]])
     verification.record("chunk of one row", (1, 7, 5), logits[0], expected[0][7:])
-    verification.greedy_tokens = _verify_greedy(run, checkpoint, ids[0], logits[0, -1])
+    verification.greedy_tokens = verify_greedy(
+        run, lambda tokens: _torch_logits(checkpoint, tokens), ids[0], logits[0, -1]
+    )
     return verification
 
 
-def _verify_greedy(run: _Run, checkpoint: Checkpoint, prompt: np.ndarray, logits: np.ndarray) -> int:
+def verify_greedy(
+    run: DecoderRun, torch_logits: Callable[[np.ndarray], np.ndarray], prompt: np.ndarray, logits: np.ndarray
+) -> int:
     """Generate with the graph, then let torch score the text: its best tokens must be the same."""
     tokens = list(prompt)
     for _ in range(GREEDY):
         tokens.append(int(logits.argmax()))
         logits = run(np.array([tokens[-1:]]), [len(tokens)])[0, -1]
-    reference = _torch_logits(checkpoint, np.array(tokens))[len(prompt) - 1 : -1]
+    reference = torch_logits(np.array(tokens))[len(prompt) - 1 : -1]
     chosen = np.array(tokens[len(prompt) :])
     margin = reference.max(-1) - reference[np.arange(GREEDY), chosen]
     if (margin > TOLERANCE * max(1.0, float(np.abs(reference).max()))).any():
@@ -132,11 +136,19 @@ def _verify_greedy(run: _Run, checkpoint: Checkpoint, prompt: np.ndarray, logits
     return GREEDY
 
 
-class _Run:
-    """Feeds a decoder graph the way the runtime does, with plain arrays."""
+class DecoderRun:
+    """Feeds a decoder graph the way the runtime does, with plain arrays; ``constants`` go into every call."""
 
-    def __init__(self, session: Any, form: Form, layers: list[LayerShape], batch: int, capacity: int) -> None:
-        self.session = session
+    def __init__(
+        self,
+        session: Any,
+        form: Form,
+        layers: list[LayerShape],
+        batch: int,
+        capacity: int,
+        constants: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        self.session, self.constants = session, constants or {}
         past = capacity if form.shared_cache else 0
         self.cache = {
             f"past.{i}.{part}": np.zeros((batch, layer.kv_heads, past, width), np.float32)
@@ -153,6 +165,7 @@ class _Run:
             "total_sequence_length": np.array(max(lengths), np.int32),
             "logit_positions": np.tile(np.arange(new), (batch, 1)),
         }
+        feeds |= self.constants
         results = dict(zip(self.outputs, self.session.run(None, {**feeds, **self.cache}), strict=True))
         self.cache = {name: results[name.replace("past", "present", 1)] for name in self.cache}
         return results["logits"]

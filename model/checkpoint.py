@@ -25,12 +25,12 @@ class Checkpoint:
 
     Attributes:
         name: catalog name, folder name or GGUF file name without its suffix.
-        task: ``text-generation``, ``text-classification``, ``feature-extraction``, ``image-classification``.
-        family: ``decoder``, ``encoder`` or ``vision``.
+        task: one of ``tasks.FAMILIES``.
+        family: ``decoder``, ``encoder``, ``vision`` or ``encoder-decoder``.
         model: transformers model, fp32, evaluation mode, no gradients. A decoder's
             ``generation_config.eos_token_id`` holds every token that ends a generation.
         tokenizer: fast tokenizer; None for vision.
-        processor: image processor (PIL backend); None for text.
+        processor: image processor (PIL backend); None for what reads no images.
         pooling: how token states become an embedding; feature-extraction only.
         context_length: longest input in tokens; None for vision, or when nothing limits it.
         source: ``kind`` (folder, gguf, catalog), ``name``, ``sha256`` over configuration, weight and
@@ -102,14 +102,14 @@ def _load_folder(path: Path, task: str | None, origin: dict[str, str]) -> Checkp
         root, config, chosen, Stored(len(table.names), table.elements), trust_remote_code=False
     )
     tokenizer, processor, length = None, None, None
-    if FAMILIES[chosen] == "vision":
+    if FAMILIES[chosen] == "vision" or (FAMILIES[chosen] == "encoder-decoder" and _reads_images(model)):
         processor = vision.load_processor(root)
         _check_image_size(model, processor)
-    else:
-        rows = model.get_input_embeddings().num_embeddings
+    if FAMILIES[chosen] != "vision":
+        rows = text.token_rows(model)
         tokenizer = text.load_tokenizer(root, rows, lowercase=sentence is not None and sentence.lowercase)
         length = text.context_length(model, tokenizer, sentence.max_tokens if sentence is not None else None)
-    if chosen == "text-generation":
+    if "decoder" in FAMILIES[chosen]:
         text.settle_end_tokens(model, tokenizer)
     licence = origin.get("licence") or folder.read_licence(path)
     return Checkpoint(
@@ -162,14 +162,21 @@ def _pooling(task: str, sentence: SentenceFolder | None) -> Pooling | None:
     return sentence.pooling if sentence is not None else Pooling("mean", normalize=False, declared=False)
 
 
+def _reads_images(model: Any) -> bool:
+    return model.main_input_name == "pixel_values" or hasattr(model, "get_image_features")
+
+
 def _check_image_size(model: Any, processor: object) -> None:
     """The pixels that the processor makes must be the pixels that the model takes."""
     import torch
 
     height, width = vision.output_size(vision.normalized_preprocessor(processor))
+    encode = getattr(model, "get_image_features", None)
+    if encode is None:
+        encode = model.get_encoder() if model.config.is_encoder_decoder else model
     try:
         with torch.inference_mode():
-            model(pixel_values=torch.zeros(1, 3, height, width))
+            encode(pixel_values=torch.zeros(1, 3, height, width))
     except Exception as error:  # any type: each architecture checks its input in its own way
         raise CheckpointError(
             f"The model does not take the {height}x{width} RGB images that its processor makes.",

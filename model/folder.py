@@ -81,8 +81,7 @@ def read_config(folder: Path) -> Any:
     transformers = import_transformers()
     raw = read_json(folder / "config.json", dict)
     kind = raw.get("model_type")
-    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
-    if not isinstance(kind, str) or kind not in known:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         cause = f"The model type {kind!r} is not part of transformers {transformers.__version__}"
         if "auto_map" in raw:
             cause += ", and remote code that comes with a checkpoint is not run"

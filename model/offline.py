@@ -24,6 +24,8 @@ def import_transformers() -> ModuleType:
         import optimum.exporters.tasks  # noqa: F401  (imported for the check only)
         import torch  # noqa: F401
         import transformers
+
+        import gemini.model.gemini  # noqa: F401  (makes transformers know the family)
     except ImportError as error:
         raise CheckpointError(
             f"Reading a checkpoint needs torch, transformers and optimum ({error}).",

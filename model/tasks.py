@@ -15,6 +15,8 @@ FAMILIES = {
     "text-classification": "encoder",
     "feature-extraction": "encoder",
     "image-classification": "vision",
+    "text2text-generation": "encoder-decoder",
+    "image-to-text": "encoder-decoder",
 }
 SUPPORTED = ", ".join(FAMILIES)
 
@@ -94,13 +96,15 @@ def fitting_tasks(config: Any) -> tuple[str, ...]:
     own = _task_of(name)
     fitting = []
     for task in FAMILIES:
-        model_class = _declared_class(name) if task == own else _class_for(task, config)
         # A plain body only has text states to pool if it reads tokens and has no separate decoder.
         if task == "feature-extraction":
+            model_class = _declared_class(name) if task == own else _class_for(task, config)
             fits = model_class is not None and model_class.main_input_name == "input_ids"
             fits = fits and not config.is_encoder_decoder
         else:
-            fits = task == own and not (task == "text-generation" and config.is_encoder_decoder)
+            paired = FAMILIES[task] == "encoder-decoder"
+            fits = task == own and (config.is_encoder_decoder or not paired)
+            fits = fits and not (task == "text-generation" and config.is_encoder_decoder)
         if fits:
             fitting.append(task)
     return tuple(fitting)
@@ -127,6 +131,7 @@ def architecture(config: Any) -> str | None:
 def _declared_class(name: str) -> Any:
     transformers = import_transformers()
     found = getattr(transformers, name, None) if name.isidentifier() else None
+    found = found or next((own for own in _registered() if own.__name__ == name), None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise CheckpointError(
             f"The architecture {name!r} is not part of transformers {transformers.__version__}; "
@@ -140,12 +145,29 @@ def _task_of(name: str) -> str | None:
     from optimum.exporters.tasks import TasksManager
 
     declared = _declared_class(name)
+    if _continues_a_source(name):
+        return "text2text-generation"
     try:
         return str(TasksManager.infer_task_from_model(declared, library_name="transformers"))
     except (ValueError, KeyError):
         # optimum overlooks classes that share their auto class with another; the name is a convention then.
         suffixes = (task for suffix, task in CLASS_SUFFIXES.items() if name.endswith(suffix))
         return next(suffixes, None)
+
+
+def _continues_a_source(name: str) -> bool:
+    """Whether it is a class for sequence-to-sequence text; optimum takes some for fill-mask models."""
+    auto = import_transformers().models.auto.modeling_auto
+    listed = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    own = auto.AutoModelForSeq2SeqLM._model_mapping._extra_content.values()
+    return name in listed or name in (found.__name__ for found in own)
+
+
+def _registered() -> list[Any]:
+    """Model classes that this package brings and transformers has been told of."""
+    auto = import_transformers().models.auto.modeling_auto
+    kinds = (auto.AutoModel, auto.AutoModelForSeq2SeqLM, auto.AutoModelForSequenceClassification)
+    return [found for kind in kinds for found in kind._model_mapping._extra_content.values()]
 
 
 def _class_for(task: str, config: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 from gemini.errors import CheckpointError
 from gemini.model.offline import first_line, import_transformers
+from gemini.model.vision import sample_pixels
 from gemini.model.weights import probe_ids
 
 TOKENIZER_FILES = (
@@ -95,13 +96,21 @@ def _check_vocabulary(tokens: int, rows: int) -> None:
         )
 
 
+def token_rows(model: Any) -> int:
+    """Rows of the token embedding: the model's own, or its decoder's where the encoder reads pixels."""
+    embedding = model.get_input_embeddings()
+    if not hasattr(embedding, "num_embeddings"):
+        embedding = model.get_decoder().get_input_embeddings()
+    return int(embedding.num_embeddings)
+
+
 def context_length(model: Any, tokenizer: Any, declared: int | None = None) -> int | None:
     """The longest input in tokens, special tokens included; None when nothing limits it.
 
     The smallest of: what the configuration says, what a table of learned positions has room for, the
     tokenizer's limit, and ``declared`` (a sentence encoder's own limit).
     """
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=model.config.is_encoder_decoder)
     positions = [getattr(config, key, None) for key in _LENGTH_KEYS]
     limits = [value for value in positions if isinstance(value, int) and value > 0][:1]
     room = learned_positions(model)
@@ -130,9 +139,13 @@ def learned_positions(model: Any) -> int | None:
     tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     hooks = [table.register_forward_pre_hook(note) for table in tables]
     ids = probe_ids(model)
+    answer = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     try:
         with torch.inference_mode():
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            if model.main_input_name == "pixel_values":
+                model(pixel_values=sample_pixels(model, 1), **answer)
+            else:
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), **answer)
     finally:
         for hook in hooks:
             hook.remove()
@@ -155,6 +168,6 @@ def settle_end_tokens(model: Any, tokenizer: Any, further: tuple[int, ...] = ())
         known = getattr(model.config.get_text_config(), "eos_token_id", None)
     ids = list(known) if isinstance(known, (list, tuple)) else [known]
     ids = [token for token in (*ids, tokenizer.eos_token_id, *further) if isinstance(token, int)]
-    rows = model.get_input_embeddings().num_embeddings
+    rows = token_rows(model)
     unique = [token for token in dict.fromkeys(ids) if 0 <= token < rows]
     model.generation_config.eos_token_id = unique[0] if len(unique) == 1 else unique or None

@@ -9,6 +9,7 @@ from gemini.errors import CheckpointError
 from gemini.model.offline import first_line, import_transformers
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
     from PIL.Image import Image
 
@@ -18,6 +19,23 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOLERANCE = 1e-4
 # Far above what any image encoder takes; a damaged size must not allocate gigabytes.
 _MAX_EDGE = 4096
+
+
+def pixel_shape(model: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of the pixels that a model was built for."""
+    config = model.config
+    if getattr(config, "image_size", None) is None:
+        config = getattr(config, "encoder", config)  # an image encoder in front of a text decoder
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return int(getattr(config, "num_channels", 3)), int(height), int(width)
+
+
+def sample_pixels(model: Any, batch: int = 2) -> "torch.Tensor":
+    """Random pixels float32 (batch, channels, height, width) that the model takes, always the same."""
+    import torch
+
+    return torch.randn(batch, *pixel_shape(model), generator=torch.Generator().manual_seed(0))
 
 
 def load_processor(folder: Path) -> Any:

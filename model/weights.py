@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from gemini.errors import CheckpointError
 from gemini.model.offline import first_line
-from gemini.model.tasks import fitting_tasks, model_class
+from gemini.model.tasks import FAMILIES, fitting_tasks, model_class
+from gemini.model.vision import pixel_shape
 
 if TYPE_CHECKING:
     import torch
@@ -176,12 +177,11 @@ def _check_probe(model: Any, task: str, missing: list[str]) -> None:
 def _probe_input(model: Any, task: str) -> dict[str, Any]:
     import torch
 
-    if task != "image-classification":
-        ids = probe_ids(model)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    size = getattr(model.config, "image_size", None) or 224
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return {"pixel_values": torch.zeros(1, getattr(model.config, "num_channels", 3), height, width)}
+    ids = probe_ids(model)
+    answer = {"decoder_input_ids": ids} if FAMILIES[task] == "encoder-decoder" else {}
+    if task in ("image-classification", "image-to-text"):
+        return {"pixel_values": torch.zeros(1, *pixel_shape(model)), **answer}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **answer}
 
 
 def _misfit(model: Any, task: str, missing: list[str]) -> CheckpointError:

@@ -14,7 +14,9 @@ from gemini.runtime.encoder import Embedder, Label, TextClassifier
 from gemini.runtime.loading import Session, load
 from gemini.runtime.options import GenerationOptions
 from gemini.runtime.schema import SCHEMA_VERSION, Manifest
-from gemini.runtime.text import Generation, TextGenerator
+from gemini.runtime.seq2seq import Seq2SeqGenerator
+from gemini.runtime.text import TextGenerator
+from gemini.runtime.transcript import Generation
 from gemini.runtime.vision import ImageClassifier
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "ImageClassifier",
     "Label",
     "Manifest",
+    "Seq2SeqGenerator",
     "Session",
     "TextClassifier",
     "TextGenerator",

@@ -22,7 +22,12 @@ __all__ = ["Bundle", "file_digest", "read_bundle", "safe_member", "seal"]
 
 MANIFEST_NAME = "manifest.json"
 _MAX_TEXT_BYTES = 256 << 20
-_COMPANIONS = {"decoder": "tokenizer.json", "encoder": "tokenizer.json", "vision": "preprocessor.json"}
+_COMPANIONS = {
+    "decoder": "tokenizer.json",
+    "encoder": "tokenizer.json",
+    "vision": "preprocessor.json",
+    "encoder-decoder": "tokenizer.json",
+}
 
 
 @dataclass(frozen=True)

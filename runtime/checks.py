@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gemini.errors import BundleError, RequestError
 from gemini.runtime import kv
-from gemini.runtime.schema import DecoderModel
+from gemini.runtime.schema import DecoderModel, EncoderDecoderModel, LayerShape
 from gemini.runtime.session import Graph, require
 
 DTYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -35,10 +35,12 @@ def checked_row(tokens: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
     return row.astype(np.int64)
 
 
-def checked_rows(ids: ArrayLike | Sequence[Sequence[int]], model: DecoderModel) -> list[NDArray[np.int64]]:
+def checked_rows(
+    ids: ArrayLike | Sequence[Sequence[int]], model: DecoderModel | EncoderDecoderModel
+) -> list[NDArray[np.int64]]:
     """The rows of a batch, each checked; RequestError for none at all or one over the context length."""
     rows = (
-        [checked_row(row, model.vocab_size) for row in ids]
+        [checked_row(row, model.vocab_size or 0) for row in ids]
         if isinstance(ids, (list, tuple, np.ndarray))
         else []
     )
@@ -53,15 +55,51 @@ def checked_rows(ids: ArrayLike | Sequence[Sequence[int]], model: DecoderModel) 
     return rows
 
 
-def check_graph(graph: Graph, model: DecoderModel) -> None:
-    """BundleError unless the graph's inputs, outputs and fixed dimensions are those the manifest states."""
+def check_graph(graph: Graph, model: DecoderModel, cross: Sequence[LayerShape] = ()) -> None:
+    """BundleError unless the graph's inputs, outputs and fixed dimensions are those the manifest states.
+
+    ``cross``: of a decoder with an encoder, what it also takes.
+    """
     names = kv.cache_names(model.layers)
     past, present = [p for p, _ in names], [p for _, p in names]
-    require(graph, ["input_ids", "logit_positions", *past], ["logits", *present], LENGTH_INPUTS)
-    expected = {"logits": {2: model.vocab_size}}
-    for index, layer in enumerate(model.layers):
-        expected[f"past.{index}.key"] = {1: layer.kv_heads, 3: layer.key_dim}
-        expected[f"past.{index}.value"] = {1: layer.kv_heads, 3: layer.value_dim}
+    further = cross_names(cross)
+    require(
+        graph,
+        ["input_ids", "logit_positions", *past, *further],
+        ["logits", *present],
+        (*LENGTH_INPUTS, "cross_mask"),
+    )
+    check_shapes(
+        graph,
+        {
+            "logits": {2: model.vocab_size},
+            **_cache_sizes("past", model.layers),
+            **_cache_sizes("cross", cross),
+        },
+    )
+
+
+def cross_names(cross: Sequence[LayerShape]) -> list[str]:
+    """What the encoder's graph returns, beside the mask, and the decoder's takes."""
+    return [f"cross.{index}.{part}" for index in range(len(cross)) for part in ("key", "value")]
+
+
+def check_encoder(graph: Graph, model: EncoderDecoderModel) -> None:
+    """BundleError unless the encoder's graph makes what the decoder's takes."""
+    require(graph, model.inputs, ["cross_mask", *cross_names(model.cross)])
+    check_shapes(graph, _cache_sizes("cross", model.cross))
+
+
+def _cache_sizes(prefix: str, layers: Sequence[LayerShape]) -> dict[str, dict[int, int]]:
+    sizes: dict[str, dict[int, int]] = {}
+    for index, layer in enumerate(layers):
+        sizes[f"{prefix}.{index}.key"] = {1: layer.kv_heads, 3: layer.key_dim}
+        sizes[f"{prefix}.{index}.value"] = {1: layer.kv_heads, 3: layer.value_dim}
+    return sizes
+
+
+def check_shapes(graph: Graph, expected: Mapping[str, Mapping[int, int]]) -> None:
+    """BundleError unless these float values have these sizes, {name: {axis: size}}, the last axis given."""
     for name, sizes in expected.items():
         dtype, shape = {**graph.inputs, **graph.outputs}[name]
         fits = dtype in DTYPES and len(shape) == max(sizes) + 1

@@ -10,7 +10,7 @@ arrays, so a step writes a few integers, runs, and reads its logits in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -26,8 +26,17 @@ from gemini.runtime.session import Graph, run_bound
 class Decoder:
     """A batch in flight. Not for two threads at once; open one Decoder a batch, they share the session."""
 
-    def __init__(self, graph: Graph, model: DecoderModel, new_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        model: DecoderModel,
+        new_tokens: int = 0,
+        constants: Mapping[str, ort.OrtValue] | None = None,
+        suppressed: Sequence[int] = (),
+    ) -> None:
+        """``constants``: further inputs, the same in every call; ``suppressed``: tokens never chosen."""
         self._graph, self._model, self._new_tokens = graph, model, new_tokens
+        self._constants, self._suppressed = dict(constants or {}), list(suppressed)
         self._names = kv.cache_names(model.layers)
         self._values: list[ort.OrtValue] = []
         self._arrays: dict[str, np.ndarray] = {}
@@ -87,9 +96,11 @@ class Decoder:
         return self._run(step=True)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held: "kv_cache" and "buffers" (step inputs and logits)."""
+        """Bytes held: "kv_cache" (that over an encoder included) and "buffers" (step inputs and logits)."""
         return {
-            "kv_cache": sum(value.tensor_size_in_bytes() for value in self._values),
+            "kv_cache": sum(
+                value.tensor_size_in_bytes() for value in (*self._values, *self._constants.values())
+            ),
             "buffers": sum(array.nbytes for array in self._arrays.values()),
         }
 
@@ -117,6 +128,8 @@ class Decoder:
         self._feeds = {name: kv.to_device(array, "cpu") for name, array in self._arrays.items()}
         self._binding = self._graph.session.io_binding()
         self._bind_step_inputs()
+        for name, value in self._constants.items():
+            self._binding.bind_ortvalue_input(name, value)
         self._binding.bind_ortvalue_output("logits", self._feeds["logits"])
         self._bind_cache()
 
@@ -156,4 +169,6 @@ class Decoder:
             self._binding.bind_ortvalue_output("logits", self._feeds["logits"])
             self._bind_cache()
         logits: NDArray[np.float32] = self._arrays["logits"][:, 0]
+        if self._suppressed:
+            logits[:, self._suppressed] = -np.inf
         return logits

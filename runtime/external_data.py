@@ -22,30 +22,41 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "Entry"},
-    "Entry": {},
 }
 _FIXED = {1: 8, 5: 4}
 
 
 def external_locations(graph: bytes) -> set[str]:
     """All ``location`` values of external tensors in a serialized ModelProto; BundleError if malformed."""
-    found: set[str] = set()
+    values = (value for tensor in _external_tensors(graph) for key, value in tensor if key == b"location")
+    try:
+        return {value.decode("utf-8") for value in values}
+    except UnicodeDecodeError as error:
+        raise damaged("a graph names an external file that is not UTF-8") from error
+
+
+def external_bytes(graph: bytes) -> int:
+    """Bytes of a graph's external tensors, those that lie in one place once."""
+    tensors = (dict(tensor) for tensor in _external_tensors(graph))
+    places = {(t.get(b"location"), t.get(b"offset", b"0"), t.get(b"length", b"0")) for t in tensors}
+    return sum(int(length) for _, _, length in places if length.isdigit())
+
+
+def _external_tensors(graph: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
+    """The (key, value) entries of each external tensor, every one of them: a key may be there twice."""
     pending = [("Model", 0, len(graph))]
     while pending:  # an explicit stack: a hostile graph may nest deeper than Python recurses
         message, start, end = pending.pop()
-        texts: dict[int, bytes] = {}
+        entries = []
         for number, low, high in _length_delimited(graph, start, end):
             child = _CHILDREN[message].get(number)
-            if child is not None:
+            if child == "Entry":
+                texts = {field: graph[i:j] for field, i, j in _length_delimited(graph, low, high)}
+                entries.append((texts.get(1, b""), texts.get(2, b"")))
+            elif child is not None:
                 pending.append((child, low, high))
-            elif message == "Entry":
-                texts[number] = graph[low:high]
-        if message == "Entry" and texts.get(1) == b"location":
-            try:
-                found.add(texts.get(2, b"").decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise damaged("a graph names an external file that is not UTF-8") from error
-    return found
+        if entries:
+            yield entries
 
 
 def check_external_data(graph: Path, name: str, listed: frozenset[str]) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from gemini.runtime.bundle import read_bundle
 from gemini.runtime.encoder import Embedder, TextClassifier
+from gemini.runtime.seq2seq import Seq2SeqGenerator
 from gemini.runtime.session import open_graph
 from gemini.runtime.text import TextGenerator
 from gemini.runtime.vision import ImageClassifier
 
-Session = TextGenerator | Embedder | TextClassifier | ImageClassifier
+Session = TextGenerator | Embedder | TextClassifier | ImageClassifier | Seq2SeqGenerator
 _SESSIONS: dict[str, type[TextGenerator] | type[Embedder] | type[TextClassifier] | type[ImageClassifier]] = {
     "text-generation": TextGenerator,
     "feature-extraction": Embedder,
@@ -34,4 +35,7 @@ def load(
     """
     opened = read_bundle(bundle, verify)
     manifest = opened.manifest
+    if manifest.family == "encoder-decoder":
+        graphs = {name: open_graph(opened, name, device, threads, spinning) for name in manifest.graphs}
+        return Seq2SeqGenerator(opened, graphs)
     return _SESSIONS[manifest.task](opened, open_graph(opened, manifest.family, device, threads, spinning))

@@ -16,11 +16,14 @@ from gemini.errors import BundleError
 from gemini.runtime.fields import Fields, damaged
 from gemini.runtime.schema import (
     FAMILY_OF_TASK,
+    GRAPHS_OF_FAMILY,
     SCHEMA_VERSION,
     DecoderModel,
+    EncoderDecoderModel,
     EncoderModel,
     FileEntry,
     GenerationInfo,
+    ImageInput,
     LayerShape,
     Manifest,
     VisionModel,
@@ -73,8 +76,9 @@ def parse_manifest(data: bytes) -> Manifest:
     family = root.one_of("family", (FAMILY_OF_TASK[task],))
     files = {name: _file_entry(root.section("files"), name) for name in root.section("files").names()}
     graphs = {key: root.section("graphs").text(key) for key in root.section("graphs").names()}
-    if family not in graphs:
-        raise damaged(f"manifest.json names no graph '{family}'")
+    for name in GRAPHS_OF_FAMILY[family]:
+        if name not in graphs:
+            raise damaged(f"manifest.json names no graph '{name}'")
     for name in graphs.values():
         if name not in files:
             raise damaged(f"the graph {name!r} is not listed in 'files'")
@@ -126,16 +130,58 @@ def _file_entry(files: Fields, name: str) -> FileEntry:
     return FileEntry(sha256, entry.integer("size", 0, 1 << 50))
 
 
-def _decoder(model: Fields) -> DecoderModel:
-    layers = tuple(
+def _layers(model: Fields, name: str) -> tuple[LayerShape, ...]:
+    return tuple(
         LayerShape(layer.integer("kv_heads", 1), layer.integer("key_dim", 1), layer.integer("value_dim", 1))
-        for layer in model.sections("layers")
+        for layer in model.sections(name)
     )
+
+
+def _decoder(model: Fields) -> DecoderModel:
     return DecoderModel(
         model.integer("vocab_size", 1),
         model.integer("context_length", 1),
-        layers,
+        _layers(model, "layers"),
         model.one_of("cache", ("shared", "concat")),
+    )
+
+
+# What an encoder-decoder may read: text, text beside image vectors, pixels alone.
+_SOURCES = (
+    {"input_ids", "attention_mask"},
+    {"input_ids", "attention_mask", "image_features"},
+    {"pixel_values"},
+)
+
+
+def _encoder_decoder(model: Fields) -> EncoderDecoderModel:
+    inputs = model.texts("inputs")
+    if set(inputs) not in _SOURCES:
+        raise damaged(f"manifest.json: the encoder inputs {list(inputs)} are unknown")
+    image = _image_input(model.section("image")) if model.has("image") else None
+    vocabulary = model.optional_integer("vocab_size", 1)
+    if (vocabulary is None) != ("input_ids" not in inputs) or (image is None) != (len(inputs) == 2):
+        raise damaged(f"manifest.json: vocab_size and image do not fit the encoder inputs {list(inputs)}")
+    if "image_features" in inputs and (image is None or image.vectors is None or image.dim is None):
+        raise damaged("manifest.json states no size of the image vectors")
+    return EncoderDecoderModel(
+        vocabulary,
+        model.integer("context_length", 1),
+        inputs,
+        _decoder(model.section("decoder")),
+        _layers(model, "cross"),
+        image,
+        model.optional_integer("pad_token_id", 0),
+    )
+
+
+def _image_input(image: Fields) -> ImageInput:
+    return ImageInput(
+        image.integer("height", 1, 1 << 15),
+        image.integer("width", 1, 1 << 15),
+        image.integer("channels", 1, 4),
+        image.optional_integer("vectors", 1),
+        image.optional_integer("dim", 1),
     )
 
 
@@ -179,11 +225,19 @@ def _generation(root: Fields) -> GenerationInfo:
         info.optional_integer("bos_token_id", 0),
         info.optional_integer("pad_token_id", 0),
         info.section("defaults").values if info.has("defaults") else {},
+        info.integers("decoder_start_ids", 0) if info.has("decoder_start_ids") else (),
+        info.integers("suppressed_ids", 0) if info.has("suppressed_ids") else (),
+        _texts_by_name(info.section("prefixes")) if info.has("prefixes") else {},
     )
 
 
-_MODELS: Mapping[str, Callable[[Fields], DecoderModel | EncoderModel | VisionModel]] = {
+def _texts_by_name(fields: Fields) -> dict[str, str]:
+    return {name: fields.text(name) for name in fields.names()}
+
+
+_MODELS: Mapping[str, Callable[[Fields], DecoderModel | EncoderModel | VisionModel | EncoderDecoderModel]] = {
     "decoder": _decoder,
     "encoder": _encoder,
     "vision": _vision,
+    "encoder-decoder": _encoder_decoder,
 }

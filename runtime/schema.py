@@ -12,6 +12,15 @@ FAMILY_OF_TASK = {
     "text-classification": "encoder",
     "feature-extraction": "encoder",
     "image-classification": "vision",
+    "text2text-generation": "encoder-decoder",
+    "image-to-text": "encoder-decoder",
+}
+# The graphs that a family cannot do without.
+GRAPHS_OF_FAMILY = {
+    "decoder": ("decoder",),
+    "encoder": ("encoder",),
+    "vision": ("vision",),
+    "encoder-decoder": ("encoder", "decoder"),
 }
 
 
@@ -66,13 +75,50 @@ class VisionModel:
 
 
 @dataclass(frozen=True)
+class ImageInput:
+    """The pixels that a generator takes; ``vectors`` (N) and ``dim`` (D) of the image_features made of them.
+
+    Both are None where the encoder reads the pixels themselves.
+    """
+
+    height: int
+    width: int
+    channels: int
+    vectors: int | None
+    dim: int | None
+
+
+@dataclass(frozen=True)
+class EncoderDecoderModel:
+    """A generator with an encoder; ``vocab_size`` and ``context_length`` are those of the source.
+
+    ``cross``: the keys and values of the encoder's vectors, a layer of the decoder each.
+    """
+
+    vocab_size: int | None
+    context_length: int
+    inputs: tuple[str, ...]
+    decoder: DecoderModel
+    cross: tuple[LayerShape, ...]
+    image: ImageInput | None
+    pad_token_id: int | None
+
+
+@dataclass(frozen=True)
 class GenerationInfo:
-    """Special tokens, and the generation options its authors recommend."""
+    """Special tokens, and the generation options its authors recommend.
+
+    Of an encoder-decoder also: the tokens every answer begins with, those that are never chosen, and the
+    text that starts a task, such as "translate English to German: ", by the task's name.
+    """
 
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    decoder_start_ids: tuple[int, ...] = ()
+    suppressed_ids: tuple[int, ...] = ()
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +131,7 @@ class Manifest:
     digest: str
     graphs: Mapping[str, str]
     files: Mapping[str, FileEntry]
-    model: DecoderModel | EncoderModel | VisionModel
+    model: DecoderModel | EncoderModel | VisionModel | EncoderDecoderModel
     generation: GenerationInfo
     requires_onnxruntime: str
     raw: Mapping[str, Any] = field(repr=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -12,13 +14,26 @@ from gemini.runtime.schema import DecoderModel
 from gemini.runtime.session import Graph, run_graph
 
 
+def split_window(
+    ids: NDArray[np.int64], prefix: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A window (1, S) as a source, ``prefix`` in front of its first half, and the rest as the answer."""
+    half = ids.shape[1] // 2
+    return np.concatenate([np.array([prefix], np.int64).reshape(1, -1), ids[:, :half]], 1), ids[:, half:]
+
+
 def all_logits(
-    graph: Graph, model: DecoderModel, ids: ArrayLike, lengths: ArrayLike | None = None
+    graph: Graph,
+    model: DecoderModel,
+    ids: ArrayLike,
+    lengths: ArrayLike | None = None,
+    constants: Mapping[str, np.ndarray] | None = None,
 ) -> NDArray[np.float32]:
     """Logits (B, S, V) at every position of ``ids`` (B, S), without touching any running batch.
 
     ``lengths`` (B,) says how many leading tokens of each row are real; logits after them are meaningless
-    (zeros for a "concat" cache, which runs such rows one by one).
+    (zeros for a "concat" cache, which runs such rows one by one). ``constants`` are further inputs of the
+    graph, for rows of equal length.
     """
     rows = checked_rows(ids, model)
     if len({row.size for row in rows}) != 1:
@@ -36,6 +51,7 @@ def all_logits(
     dtype = DTYPES[graph.inputs["past.0.key"][0]]
     empty = kv.allocate(model.layers, batch, 0, "cpu", dtype)
     feeds = {
+        **(constants or {}),
         "input_ids": tokens,
         "seqlens_k": (valid - 1).astype(np.int32),
         "total_sequence_length": np.array(width, np.int32),

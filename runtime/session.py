@@ -45,6 +45,8 @@ def session_options(threads: int, spinning: bool = True) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    # 8-bit convolution weights become float once, at load, and not in every call; no other node is concerned.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Workers that back off between polls wake late: 4 % of a decode step (benchmarks/LOG.md).
     options.add_session_config_entry("session.intra_op.spin_backoff_max", "1")
     return options

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -22,29 +22,18 @@ from gemini.runtime.bundle import Bundle
 from gemini.runtime.checks import check_graph, checked_rows
 from gemini.runtime.decoder import Decoder
 from gemini.runtime.fields import damaged
-from gemini.runtime.generate import OnToken, generate_tokens, new_token_limit, token_events
+from gemini.runtime.generate import OnToken, generate_tokens, new_token_limit
 from gemini.runtime.options import GenerationOptions, OptionArgs, make_options
 from gemini.runtime.schema import DecoderModel
 from gemini.runtime.scoring import all_logits
 from gemini.runtime.session import Graph
-from gemini.runtime.streaming import TextStream
 from gemini.runtime.tokenizer import TextTokenizer
+from gemini.runtime.transcript import Generation, Transcript, pieces
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 Prompt = str | Sequence[str] | chats.Messages
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One finished answer. ``tokens`` hold everything sampled, the end token included; ``text`` ends before
-    a stop string. ``finish_reason`` is "eos", "stop" or "length"."""
-
-    text: str
-    tokens: tuple[int, ...]
-    prompt_tokens: int
-    finish_reason: str
 
 
 class TextGenerator:
@@ -76,24 +65,9 @@ class TextGenerator:
         """
         prompts, single = self._prompts(prompt, chat)
         chosen = self._options(options)
-        streams = [TextStream(self.tokenizer, chosen.stop) for _ in prompts]
-        texts = [""] * len(prompts)
-
-        def on_token(row: int, token: int) -> bool:
-            if chosen.ignore_eos or token not in self.eos:
-                texts[row] += streams[row].push(token)
-            return streams[row].stopped
-
-        tokens, reasons = self._run(prompts, chosen, on_token)
-        results = [
-            Generation(
-                texts[row] + streams[row].finish(),
-                tuple(tokens[row]),
-                len(prompts[row]),
-                "stop" if streams[row].stopped else reasons[row],
-            )
-            for row in range(len(prompts))
-        ]
+        transcript = Transcript(self.tokenizer, chosen, self.eos, len(prompts))
+        tokens, reasons = self._run(prompts, chosen, transcript)
+        results = transcript.finished(tokens, reasons, [len(prompt) for prompt in prompts])
         return results[0] if single else results
 
     def stream(
@@ -108,7 +82,8 @@ class TextGenerator:
             raise RequestError("A stream takes one prompt.", "Use generate() for a list of prompts.")
         chosen = self._options(options)
         checked_rows(prompts, self.model)
-        return self._pieces(prompts, chosen, new_token_limit(prompts, chosen, self.model.context_length))
+        limit = new_token_limit(prompts, chosen, self.model.context_length)
+        return pieces(self.decoder(limit), prompts, self.tokenizer, chosen, self.eos, limit)
 
     def generate_ids(
         self,
@@ -183,23 +158,6 @@ class TextGenerator:
             rows += tokens
             reasons += reason
         return rows, reasons
-
-    def _pieces(self, prompts: list[list[int]], options: GenerationOptions, limit: int) -> Iterator[str]:
-        decoder = self.decoder(limit)
-        text = TextStream(self.tokenizer, options.stop)
-        try:
-            for _, token in token_events(decoder, prompts, options, self.eos, limit):
-                if options.ignore_eos or token not in self.eos:
-                    piece = text.push(token)
-                    if piece:
-                        yield piece
-                if text.stopped:
-                    return
-            rest = text.finish()
-            if rest:
-                yield rest
-        finally:
-            decoder.close()
 
     def _options(self, given: OptionArgs | Mapping[str, Any]) -> GenerationOptions:
         return make_options(self.bundle.manifest.generation.defaults, given)

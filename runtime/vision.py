@@ -64,7 +64,7 @@ class ImageClassifier:
             raise RequestError("The input is not a list of images.", "Give a list of paths or images.")
         if len(images) == 0:
             raise RequestError("The list of images is empty.", "Give at least one image.")
-        return np.stack([preprocess_image(open_image(image), self.preprocessing) for image in images])
+        return preprocess_images(images, self.preprocessing)
 
     def logits(self, pixel_values: ArrayLike) -> NDArray[np.float32]:
         """Logits float32 (n, labels) from pixel_values float32 (n, C, H, W)."""
@@ -139,6 +139,11 @@ def open_image(image: Any) -> Image:
             f"The image cannot be decoded ({type(error).__name__}).",
             f"Give a valid {', '.join(_FORMATS)} file.",
         ) from error
+
+
+def preprocess_images(images: Sequence[Any], steps: Preprocessing) -> NDArray[np.float32]:
+    """float32 (n, C, H, W) from paths, bytes, PIL images or uint8 arrays (H, W, 3)."""
+    return np.stack([preprocess_image(open_image(image), steps) for image in images])
 
 
 def preprocess_image(image: Image, steps: Preprocessing) -> NDArray[np.float32]:

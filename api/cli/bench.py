@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def _show(result: Mapping[str, Any]) -> None:
     bundles = result["bundles"]
-    row = _generator_row if result["task"] == "text-generation" else _batch_row
+    row = _generator_row if bundles[0]["latency"]["kind"] == "generator" else _batch_row
     rows = [row(bundle) for bundle in bundles]
     print(columns_of_text([list(rows[0]), *(list(row.values()) for row in rows)]))
     host = result["host"]

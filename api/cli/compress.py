@@ -9,7 +9,14 @@ from gemini.errors import UsageError
 
 HELP = "Compress a checkpoint into a bundle, with the accuracy it lost and the report that shows it."
 EXAMPLE = "gemini-edge compress smollm2-135m --recipe int4 --output bundles/smollm2 --max-drop 20"
-TASKS = ("text-generation", "text-classification", "feature-extraction", "image-classification")
+TASKS = (
+    "text-generation",
+    "text-classification",
+    "feature-extraction",
+    "image-classification",
+    "text2text-generation",
+    "image-to-text",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,12 @@ from gemini.cli.output import results_table
 from gemini.errors import UsageError
 
 if TYPE_CHECKING:
-    from gemini.runtime import Embedder, Session, TextClassifier, TextGenerator
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gemini.runtime import Embedder, Seq2SeqGenerator, Session, TextClassifier, TextGenerator
 
 HELP = "Measure a bundle's accuracy: perplexity alone; KL, agreement and cosine against another bundle."
 EXAMPLE = "gemini-edge eval bundles/smollm2 --text my-domain.txt --reference bundles/smollm2-fp32"
@@ -53,7 +58,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     text = read_text(args.text) if args.text else default_text().evaluation
     session = runtime.load(args.bundle, device=args.device, threads=args.threads)
-    if isinstance(session, runtime.ImageClassifier):
+    sees_only = isinstance(session, runtime.Seq2SeqGenerator) and not session.takes_text
+    if isinstance(session, runtime.ImageClassifier) or sees_only:
         raise UsageError(
             "An image model cannot be measured on text.", "See its own report with `gemini-edge inspect`."
         )
@@ -61,8 +67,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.reference:
         reference = runtime.load(args.reference, device=args.device, threads=args.threads)
         _check_comparable(session, reference)
-    if isinstance(session, runtime.TextGenerator):
-        assert reference is None or isinstance(reference, runtime.TextGenerator)
+    generators = runtime.TextGenerator | runtime.Seq2SeqGenerator
+    if isinstance(session, generators):
+        assert reference is None or isinstance(reference, generators)
         rows = _score_generator(session, reference, text, args)
     else:
         if reference is None:
@@ -90,7 +97,10 @@ def _check_comparable(session: Session, reference: Session) -> None:
 
 
 def _score_generator(
-    session: TextGenerator, reference: TextGenerator | None, text: str, args: argparse.Namespace
+    session: TextGenerator | Seq2SeqGenerator,
+    reference: TextGenerator | Seq2SeqGenerator | None,
+    text: str,
+    args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """Perplexity; with a reference, whose logits are kept on disk meanwhile, also KL and top-1 agreement."""
     from gemini.benchmarks.accuracy import record_teacher, score_generator
@@ -98,12 +108,22 @@ def _score_generator(
 
     ids = session.tokenizer.encode(text, special_tokens=False)
     windows = token_windows(ids, min(args.window, session.model.context_length), args.windows)
+    logits = _window_logits(session)
     if reference is None:
-        return [_row(session, score_generator(session.logits, windows).to_dict())]
+        return [_row(session, score_generator(logits, windows).to_dict())]
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as folder:
-        teacher, expected = record_teacher(reference.logits, windows, folder)
-        score = score_generator(session.logits, windows, teacher)
+        teacher, expected = record_teacher(_window_logits(reference), windows, folder)
+        score = score_generator(logits, windows, teacher)
     return [_row(reference, expected.to_dict()), _row(session, score.to_dict())]
+
+
+def _window_logits(
+    session: TextGenerator | Seq2SeqGenerator,
+) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
+    """A generator predicts the whole window; one with an encoder reads half of it and predicts the rest."""
+    from gemini.runtime import TextGenerator
+
+    return session.logits if isinstance(session, TextGenerator) else session.continuation
 
 
 def _score_encoder(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemini.cli.inputs import checked_text, read_stdin
 from gemini.errors import UsageError
 
 if TYPE_CHECKING:
-    from gemini.runtime import Embedder, ImageClassifier, TextClassifier, TextGenerator
+    from gemini.runtime import Embedder, ImageClassifier, Seq2SeqGenerator, TextClassifier, TextGenerator
     from gemini.runtime.options import OptionArgs
 
-HELP = "Run a bundle: generate text (streamed), embed or classify texts, classify images."
+HELP = "Run a bundle: generate text (streamed), embed or classify texts, classify or describe images."
 EXAMPLE = 'gemini-edge run bundles/smollm2 --prompt "Once upon a time" --max-new-tokens 64 --seed 1'
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", metavar="TEXT", help="the prompt of a text generator")
     parser.add_argument("--text", metavar="TEXT", nargs="+", help="texts to embed or to classify")
-    parser.add_argument("--image", metavar="FILE", nargs="+", help="images to classify")
+    parser.add_argument("--image", metavar="FILE", nargs="+", help="images to classify or describe")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(
         "--threads", metavar="N", type=int, help="threads (default: what cgroup and affinity allow)"
@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Load the bundle, check that the input fits its task, print what comes out."""
     given = [name for name in ("prompt", "text", "image", "stdin") if getattr(args, name) is not None]
-    if len(given) != 1 or args.stdin not in (None, "-"):
+    asked = given == ["prompt", "image"]  # a question about a picture, for a model that reads both
+    if not (len(given) == 1 or asked) or args.stdin not in (None, "-"):
         raise UsageError(
             "Exactly one input is needed.", "Give --prompt TEXT, --text TEXT…, --image FILE… or -."
         )
@@ -74,6 +75,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from gemini import runtime
 
     session = runtime.load(args.bundle, device=args.device, threads=args.threads)
+    if isinstance(session, runtime.Seq2SeqGenerator):
+        _require(given[0], session.bundle.manifest.task, "prompt", "image", "stdin")
+        return _answer(session, texts[0] if texts else None, args)
+    if asked:
+        raise UsageError(
+            f"The bundle's task is {session.bundle.manifest.task}, which takes one input.",
+            "Give --prompt or --image.",
+        )
     if isinstance(session, runtime.TextGenerator):
         _require(given[0], "text-generation", "prompt", "stdin")
         return _generate(session, texts[0], args)
@@ -103,9 +112,8 @@ def _require(given: str, task: str, *accepted: str) -> None:
         raise UsageError(f"The bundle's task is {task}, which does not take --{given}.", f"Use {options}.")
 
 
-def _generate(session: TextGenerator, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Stream the text; with --json nobody reads along, so the whole generation comes with its counts."""
-    options: OptionArgs = {
+def _options(args: argparse.Namespace) -> OptionArgs:
+    return {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "top_k": args.top_k,
@@ -115,16 +123,43 @@ def _generate(session: TextGenerator, prompt: str, args: argparse.Namespace) -> 
         "seed": args.seed,
         "stop": args.stop,
     }
+
+
+def _generate(session: TextGenerator, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Stream the text; with --json nobody reads along, so the whole generation comes with its counts."""
     result: dict[str, Any] = {"task": "text-generation", "prompt": prompt}
     if args.json:
-        return result | {"generation": session.generate(prompt, chat=args.chat, **options)}
+        return result | {"generation": session.generate(prompt, chat=args.chat, **_options(args))}
+    return result | {"text": _print(session.stream(prompt, chat=args.chat, **_options(args)))}
+
+
+def _answer(session: Seq2SeqGenerator, prompt: str | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Stream the answer to one source; several images are answered one a line."""
+    if args.chat:
+        raise UsageError("This model holds no conversations.", "Leave --chat out.")
+    images: list[str] = args.image or []
+    result = {"task": session.bundle.manifest.task, "prompt": prompt, "images": images}
+    if len(images) > 1:
+        answers = session.generate(prompt, images, **_options(args))
+        assert isinstance(answers, list)
+        if not args.json:
+            print("\n".join(f"{name}  {answer.text}" for name, answer in zip(images, answers, strict=True)))
+        return result | {"generations": answers}
+    image = images[0] if images else None
+    if args.json:
+        return result | {"generation": session.generate(prompt, image, **_options(args))}
+    return result | {"text": _print(session.stream(prompt, image, **_options(args)))}
+
+
+def _print(stream: Iterator[str]) -> str:
+    """Write the pieces as they come; returns the whole text."""
     pieces = []
-    for piece in session.stream(prompt, chat=args.chat, **options):
+    for piece in stream:
         pieces.append(piece)
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
-    return result | {"text": "".join(pieces)}
+    return "".join(pieces)
 
 
 def _embed(session: Embedder, texts: Sequence[str]) -> dict[str, Any]:

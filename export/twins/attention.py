@@ -1,8 +1,8 @@
 """Attention as one operator, registered under transformers' own attention interface.
 
-With a cache it becomes GroupQueryAttention, without one MultiHeadAttention. Anything that the operators
-cannot say (an unusual mask, a bias, sinks) raises FormMismatch and the exporter falls back to the model's
-own attention.
+With a cache of its own tokens it becomes GroupQueryAttention; without one, and over an encoder's vectors,
+MultiHeadAttention. Anything that the operators cannot say (an unusual mask, a bias, sinks) raises
+FormMismatch and the exporter falls back to the model's own attention.
 """
 
 from __future__ import annotations
@@ -112,9 +112,11 @@ def _multi_head(
         raise FormMismatch("keys and values of different widths")
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // key.shape[1], 1) for x in (key, value))
+    if state.cross is None or not state.cross.holds(key):
+        key, value = _flat(key), _flat(value)  # keys of the encoder's vectors may stay (B, H, S, D)
     padding = None if mask is None or mask.padding is None else mask.padding.to(torch.int32)
     attributes = {"num_heads": heads, "scale": scale, "unidirectional": int(causal)}
-    inputs = (_flat(query), _flat(key), _flat(value), None, padding)
+    inputs = (_flat(query), key, value, None, padding)
     output = emit(f"{CONTRIB}::MultiHeadAttention", inputs, attributes, (batch, length, heads * dim))
     return output.view(batch, length, heads, dim)
 

@@ -18,7 +18,15 @@ from gemini.export.twins.operators import CONTRIB, emit
 INT8_ACTIVATIONS = 4
 
 
-class BlockwiseTwin(nn.Module):
+class _Packed(nn.Module):
+    """A weight that is not float: ``weight`` is empty, for model code that asks for its dtype."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.empty(0)
+
+
+class BlockwiseTwin(_Packed):
     """MatMulNBits: 4- or 8-bit blocks, activations quantized to int8 inside the kernel."""
 
     def __init__(self, layer: QuantizedLinear) -> None:
@@ -56,7 +64,7 @@ class ChannelwiseTwin(nn.Module):
         return emit(f"{CONTRIB}::DynamicQuantizeMatMul", inputs, {}, (*x.shape[:-1], self.weight.shape[1]))
 
 
-class Bnb4Twin(nn.Module):
+class Bnb4Twin(_Packed):
     """MatMulBnb4: bitsandbytes' own 4-bit codes, bit for bit."""
 
     def __init__(self, layer: Bnb4Linear) -> None:

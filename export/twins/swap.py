@@ -12,6 +12,7 @@ from torch import nn
 from gemini.export.forms import Form
 from gemini.export.trace_state import FormMismatch
 from gemini.export.twins.attention import NAME as ATTENTION
+from gemini.export.twins.conv import as_conv
 from gemini.export.twins.embedding import as_embedding
 from gemini.export.twins.head import PickPositions
 from gemini.export.twins.linear import as_linear
@@ -63,7 +64,8 @@ def _swap_modules(
     root: nn.Module, form: Form, swapped: list[tuple[nn.Module, str, nn.Module]], head: nn.Module | None
 ) -> None:
     for name, child in list(root.named_children()):
-        twin = as_linear(child) or as_embedding(child) or (as_norm(child) if form.norms else None)
+        twin = as_linear(child) or as_embedding(child) or as_conv(child)
+        twin = twin or (as_norm(child) if form.norms else None)
         if child is head:
             twin = PickPositions(twin or child)
         if twin is None:

@@ -7,7 +7,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from gemini.benchmarks.text import default_text
+from gemini.model.gemini import (
+    TASK_PREFIXES,
+    GeminiConfig,
+    GeminiForConditionalGeneration,
+    GeminiImageProcessor,
+    train_tokenizer,
+)
+from gemini.pipeline import compress_model
 
 TABLE = [
     {"name": "fp32", "size_mb": 538.1, "perplexity": 20.0},
@@ -28,7 +41,7 @@ def load_toys() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """{kind: bundle folder}: two generators, an embedder, a text classifier, an image classifier."""
+    """{kind: bundle folder}: two generators, an embedder, two classifiers, an encoder-decoder with images."""
     make, root = load_toys(), tmp_path_factory.mktemp("bundles")
     paths = {
         "shared": make.make_decoder(root / "shared", "shared").path,
@@ -36,6 +49,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "embedder": make.make_encoder(root / "embedder", "feature-extraction").path,
         "classifier": make.make_encoder(root / "classifier", "text-classification").path,
         "vision": make.make_vision(root / "vision").path,
+        "pair": make.make_pair(root / "pair").path,
     }
     paths["reported"] = add_report(make, paths["shared"], root / "reported")
     return paths
@@ -66,3 +80,42 @@ def add_report(make: ModuleType, source: Path, target: Path) -> Path:
     manifest.pop("digest")
     path: Path = make.write_bundle(target, manifest | extra, files)
     return path
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("images") / "cat.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def gemini_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Gemini, as training leaves it."""
+    path = tmp_path_factory.mktemp("gemini")
+    train_tokenizer([default_text().calibration[:20000]], vocab_size=400).save_pretrained(path)
+    GeminiImageProcessor(size={"height": 16, "width": 16}).save_pretrained(path)
+    torch.manual_seed(0)
+    config = GeminiConfig(
+        vocab_size=400,
+        hidden_size=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        num_attention_heads=2,
+        intermediate_size=96,
+        image_size=16,
+        image_channels=(16, 16, 32),
+        max_position_embeddings=128,
+        task_specific_params=TASK_PREFIXES,
+    )
+    GeminiForConditionalGeneration(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gemini_bundle(gemini_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp32 bundle of the tiny random Gemini."""
+    bundle = tmp_path_factory.mktemp("bundles") / "gemini"
+    compress_model(str(gemini_folder), bundle, "fp32", progress=False)
+    return bundle

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from gemini.compress.apply import most_sensitive, run_recipe, settled
@@ -80,6 +89,23 @@ def test_tied_embedding_and_head_share_storage_and_are_counted_once():
     assert table.scales.data_ptr() == head.scales.data_ptr()
     by_kind = {layer.kind: layer for layer in report.layers}
     assert by_kind["tied head"].bytes == 0 and by_kind["embedding"].bytes == 160 * (64 + 4)
+
+
+def test_embeddings_of_encoder_and_decoder_share_one_table_with_a_factor_each():
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 160}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = BartForConditionalGeneration(
+        BartConfig(**sizes, **heads, encoder_ffn_dim=96, decoder_ffn_dim=96, scale_embedding=True)
+    )
+    model.model.decoder.embed_tokens.embed_scale = 1.0
+    model.eval().requires_grad_(False)
+    (report,) = run(model, QuantizeInt8())
+    parts = (model.model.encoder.embed_tokens, model.model.decoder.embed_tokens, model.model.shared)
+    assert all(isinstance(part, QuantizedEmbedding) for part in parts)
+    assert {part.qweight.data_ptr() for part in (*parts, model.lm_head)} == {model.lm_head.qweight.data_ptr()}
+    assert [part.scale_by for part in parts] == [8.0, None, 8.0]
+    assert sum(layer.kind == "embedding" for layer in report.layers) == 1
 
 
 def test_tying_is_found_by_comparing_numbers_not_by_the_flag():

@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 
 from gemini.model.checkpoint import Checkpoint, Pooling
+from gemini.model.gemini import GeminiConfig, GeminiForConditionalGeneration
 
 SIZES = {
     "hidden_size": 64,
@@ -54,6 +55,69 @@ VISION: dict[str, Callable[[], tf.PreTrainedModel]] = {
         )
     ),
 }
+
+
+def gemini(fusion: str) -> GeminiForConditionalGeneration:
+    config = GeminiConfig(
+        vocab_size=101,
+        hidden_size=64,
+        encoder_layers=3,
+        decoder_layers=1,
+        num_attention_heads=4,
+        intermediate_size=96,
+        image_size=16,
+        image_channels=(8, 16, 32),
+        max_position_embeddings=64,
+        fusion=fusion,
+    )
+    model = GeminiForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(2)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):  # as after training: no statistic at its start value
+            norm.running_mean.copy_(torch.randn(norm.num_features, generator=generator))
+            norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
+    return model
+
+
+def vit_gpt2() -> tf.VisionEncoderDecoderModel:
+    sizes = {k: SIZES[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    vit = tf.ViTConfig(**sizes, num_attention_heads=4, image_size=16, patch_size=8)
+    gpt = tf.GPT2Config(**SMALL_GPT, bos_token_id=1, eos_token_id=2)
+    config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, gpt)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return tf.VisionEncoderDecoderModel(config)
+
+
+PAIR = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}
+# Position tables, sinusoids, and relative biases that no attention operator takes.
+ENCODER_DECODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
+    "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**PAIR)),
+    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**PAIR, scale_embedding=True)),
+    "t5": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=101, decoder_start_token_id=0
+        )
+    ),
+    "gemini-early": lambda: gemini("early"),
+    "gemini-late": lambda: gemini("late"),
+    "gemini-hybrid": lambda: gemini("hybrid"),
+    "vit-gpt2": lambda: vit_gpt2(),
+}
 # Not in any list that the exporter was written for: unequal caches, interleaved rotary, alibi, no positions.
 OTHERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**GROUPED)),
@@ -79,9 +143,12 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 
 def as_checkpoint(model: tf.PreTrainedModel, family: str, pooling: Pooling | None = None) -> Checkpoint:
     """A checkpoint around a model in memory, as load_checkpoint would make it."""
-    task = {"decoder": "text-generation", "encoder": "text-classification", "vision": "image-classification"}[
-        family
-    ]
+    task = {
+        "decoder": "text-generation",
+        "encoder": "text-classification",
+        "vision": "image-classification",
+        "encoder-decoder": "text2text-generation",
+    }[family]
     return Checkpoint(
         name="tiny",
         task="feature-extraction" if pooling else task,
@@ -90,7 +157,7 @@ def as_checkpoint(model: tf.PreTrainedModel, family: str, pooling: Pooling | Non
         tokenizer=None,
         processor=None,
         pooling=pooling,
-        context_length={"decoder": 128, "encoder": 120, "vision": None}[family],
+        context_length={"decoder": 128, "encoder": 120, "vision": None, "encoder-decoder": 64}[family],
         source={"kind": "test", "name": "tiny", "sha256": "0" * 64},
     )
 
@@ -100,7 +167,12 @@ def make_checkpoint() -> Callable[..., Checkpoint]:
     """name -> a tiny checkpoint of that architecture."""
 
     def make(name: str, pooling: Pooling | None = None) -> Checkpoint:
-        for family, zoo in (("decoder", DECODERS | OTHERS), ("encoder", ENCODERS), ("vision", VISION)):
+        for family, zoo in (
+            ("decoder", DECODERS | OTHERS),
+            ("encoder", ENCODERS),
+            ("vision", VISION),
+            ("encoder-decoder", ENCODER_DECODERS),
+        ):
             if name in zoo:
                 torch.manual_seed(0)
                 return as_checkpoint(zoo[name](), family, pooling)

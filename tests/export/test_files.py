@@ -30,7 +30,7 @@ def test_equal_bytes_are_stored_once_and_aligned(tmp_path: Path):
     table = np.arange(4096, dtype=np.uint8).reshape(64, 64)
     arrays = {"a": table, "b": table.reshape(64, 2, 32), "c": table + 1, "small": np.ones(3, np.float32)}
     model = _graph([], arrays)
-    sizes = write_weights(model, tmp_path / "g.data")
+    sizes = write_weights([model], tmp_path / "g.data")
     assert sizes == {"a": 4096, "b": 0, "c": 4096, "small": 12}
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
     assert tensors["a"].offset == tensors["b"].offset

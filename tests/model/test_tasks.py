@@ -7,6 +7,7 @@ import pytest
 import transformers
 
 from gemini.errors import CheckpointError
+from gemini.model.gemini import GeminiConfig
 from gemini.model.tasks import FAMILIES, choose_task, fitting_tasks, infer_task, model_class
 
 
@@ -40,6 +41,9 @@ def config_of(name: str) -> Any:
         ("ViTForImageClassification", "image-classification"),
         ("BeitForImageClassification", "image-classification"),
         ("Dinov2ForImageClassification", "image-classification"),
+        ("T5ForConditionalGeneration", "text2text-generation"),
+        ("BartForConditionalGeneration", "text2text-generation"),
+        ("MarianMTModel", "text2text-generation"),
     ],
 )
 def test_task_of_the_declared_class(name: str, task: str) -> None:
@@ -50,10 +54,21 @@ def test_task_of_the_declared_class(name: str, task: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("GeminiForConditionalGeneration", "text2text-generation"),
+        ("GeminiForSequenceClassification", "text-classification"),
+    ],
+)
+def test_task_of_a_class_of_our_own(name: str, task: str) -> None:
+    config = GeminiConfig(architectures=[name])
+    assert infer_task(config) == task
+    assert model_class(config, task).__name__ == name
+
+
+@pytest.mark.parametrize(
     "name",
     [
-        "T5ForConditionalGeneration",
-        "BartForConditionalGeneration",
         "WhisperForConditionalGeneration",
         "Gemma3ForConditionalGeneration",
         "BlipForConditionalGeneration",
@@ -87,7 +102,8 @@ def test_masked_language_model_is_offered_as_an_embedder() -> None:
         ("BertModel", "text-generation", "feature-extraction"),
         ("BertForSequenceClassification", "text-generation", "text-classification, feature-extraction"),
         ("ViTForImageClassification", "feature-extraction", "image-classification"),
-        ("T5ForConditionalGeneration", "text-generation", "no task"),
+        ("T5ForConditionalGeneration", "text-generation", "text2text-generation"),
+        ("WhisperForConditionalGeneration", "text-generation", "no task"),
     ],
 )
 def test_override_that_does_not_fit_lists_what_does(name: str, task: str, fitting: str) -> None:
@@ -97,8 +113,8 @@ def test_override_that_does_not_fit_lists_what_does(name: str, task: str, fittin
 
 
 def test_unknown_task_name() -> None:
-    with pytest.raises(CheckpointError, match=r"'translation' is not supported.*text-generation"):
-        choose_task(config_of("LlamaForCausalLM"), None, "translation")
+    with pytest.raises(CheckpointError, match=r"'object-detection' is not supported.*text-generation"):
+        choose_task(config_of("LlamaForCausalLM"), None, "object-detection")
 
 
 def test_synonyms_of_optimum_are_understood() -> None:

@@ -352,6 +352,141 @@ def make_vision(folder: Path, **steps: Any) -> Toy:
     return Toy(write_bundle(folder, fields, files), lambda pixels: np.asarray(pixels.mean((2, 3)) @ head), 0)
 
 
+def pair_graphs(vocab: int, images: bool) -> tuple[dict[str, bytes], Callable[..., np.ndarray]]:
+    """An encoder-decoder of sums: logits = tanh(own tokens so far + everything of the source) @ head.
+
+    Its reference takes the answer's ids, the source's ids and pixels or None; logits (T, V).
+    """
+    rng, width, int64 = np.random.default_rng(5), 4, TensorProto.INT64
+    table, own = (rng.normal(size=(vocab, width)).astype(np.float32) / 2 for _ in range(2))
+    head = rng.normal(size=(width, vocab)).astype(np.float32)
+    one, second, third = (np.array(n, np.int64) for n in ([1], [1], [2]))
+    pixels = [value("pixel_values", ["batch", 3, 2, 2])]
+    vision = serialize(
+        [helper.make_node("Reshape", ["pixel_values", "grid"], ["image_features"])],
+        pixels,
+        [value("image_features", ["batch", 3, width])],
+        {"grid": np.array([0, 3, width], np.int64)},
+    )
+    texts = [value(name, ["batch", "sequence"], int64) for name in ("input_ids", "attention_mask")]
+    ports = [value("image_features", ["batch", "images", width])] if images else []
+    front = [
+        helper.make_node("Shape", ["image_features"], ["shape"], start=0, end=2),
+        helper.make_node("Expand", ["one", "shape"], ["visible"]),
+        helper.make_node("Concat", ["image_features", "words"], ["vectors"], axis=1),
+        helper.make_node("Concat", ["visible", "attention_mask"], ["whole_mask"], axis=1),
+    ]
+    alone = [
+        helper.make_node("Identity", ["words"], ["vectors"]),
+        helper.make_node("Identity", ["attention_mask"], ["whole_mask"]),
+    ]
+    cross = [value(f"cross.0.{part}", ["batch", 1, "source", width]) for part in ("key", "value")]
+    mask = value("cross_mask", ["batch", "source"], TensorProto.INT32)
+    encoder = serialize(
+        [
+            helper.make_node("Gather", ["table", "input_ids"], ["words"]),
+            *(front if images else alone),
+            helper.make_node("Cast", ["whole_mask"], ["cross_mask"], to=TensorProto.INT32),
+            helper.make_node("Unsqueeze", ["vectors", "second"], ["cross.0.key"]),
+            helper.make_node("Neg", ["cross.0.key"], ["negative"]),
+            helper.make_node("Sub", ["cross.0.key", "negative"], ["cross.0.value"]),
+        ],
+        [*texts, *ports],
+        [mask, *cross],
+        {"table": table, "one": one, "second": second},
+    )
+    past = [value(f"past.0.{part}", ["batch", 1, "past", width]) for part in ("key", "value")]
+    present = [value(f"present.0.{part}", ["batch", 1, "total", width]) for part in ("key", "value")]
+    positions = value("logit_positions", ["batch", "positions"], int64)
+    decoder = serialize(
+        [
+            helper.make_node("Gather", ["own", "input_ids"], ["new"]),
+            helper.make_node("Unsqueeze", ["new", "second"], ["rows"]),
+            helper.make_node("Concat", ["past.0.key", "rows"], ["present.0.key"], axis=2),
+            helper.make_node("Concat", ["past.0.value", "rows"], ["present.0.value"], axis=2),
+            helper.make_node("ReduceSum", ["past.0.key", "third"], ["before"], keepdims=0),
+            helper.make_node("CumSum", ["new", "axis"], ["running"]),
+            helper.make_node("Add", ["before", "running"], ["said"]),
+            helper.make_node("Cast", ["cross_mask"], ["seen"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["seen", "both"], ["weights"]),
+            helper.make_node("Add", ["cross.0.key", "cross.0.value"], ["source"]),
+            helper.make_node("Mul", ["source", "weights"], ["masked"]),
+            helper.make_node("ReduceSum", ["masked", "third"], ["read"], keepdims=0),
+            helper.make_node("Add", ["said", "read"], ["sum"]),
+            helper.make_node("Tanh", ["sum"], ["hidden"]),
+            *head_nodes("hidden"),
+        ],
+        [value("input_ids", ["batch", "sequence"], int64), positions, mask, *past, *cross],
+        [value("logits", ["batch", "positions", vocab]), *present],
+        {
+            "own": own,
+            "head": head,
+            "second": second,
+            "third": third,
+            "axis": np.array(1, np.int64),
+            "both": np.array([1, 3], np.int64),
+            "last_axis": np.array([2], np.int64),
+        },
+    )
+
+    def reference(ids: Any, source: Any, picture: np.ndarray | None = None) -> np.ndarray:
+        read = 3 * table[np.asarray(source)].sum(0)
+        if picture is not None:
+            read = read + 3 * picture.reshape(3, width).sum(0)
+        return np.asarray(np.tanh(np.cumsum(own[np.asarray(ids)], 0) + read) @ head)
+
+    graphs = {"encoder.onnx": encoder, "decoder.onnx": decoder}
+    return ({"vision.onnx": vision, **graphs} if images else graphs), reference
+
+
+def make_pair(folder: Path, images: bool = True, **changes: Any) -> Toy:
+    tokenizer = byte_level_tokenizer()
+    vocab = tokenizer.get_vocab_size()
+    files, reference = pair_graphs(vocab, images)
+    shape = {"kv_heads": 1, "key_dim": 4, "value_dim": 4}
+    picture = {"channels": 3, "height": 2, "width": 2, "vectors": 3, "dim": 4}
+    fields = {
+        "task": "text2text-generation",
+        "family": "encoder-decoder",
+        "graphs": {name.removesuffix(".onnx"): name for name in files},
+        "model": {
+            "vocab_size": vocab,
+            "context_length": 48,
+            "inputs": ["input_ids", "attention_mask", *(["image_features"] if images else [])],
+            "decoder": {"vocab_size": vocab, "context_length": 40, "layers": [shape], "cache": "concat"},
+            "cross": [shape],
+            "image": picture if images else None,
+            "pad_token_id": PAD,
+        },
+        "generation": {
+            "eos_token_ids": [EOS],
+            "bos_token_id": BOS,
+            "pad_token_id": PAD,
+            "decoder_start_ids": [BOS],
+            "suppressed_ids": [PAD],
+            "prefixes": {"image-to-text": "what is it"},
+        },
+    }
+    for key, change in changes.items():
+        fields[key] = fields[key] | change  # type: ignore[operator]
+    steps = {"resize": {"height": 2, "width": 2}, "rescale": 1 / 255, "mean": None, "std": None}
+    files = {**files, "tokenizer.json": tokenizer.to_str().encode()}
+    if images:
+        files["preprocessor.json"] = json.dumps(steps).encode()
+    return Toy(write_bundle(folder, fields, files), reference, vocab)
+
+
+@pytest.fixture(scope="session")
+def pair_toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return make_pair(tmp_path_factory.mktemp("toys") / "pair")
+
+
+@pytest.fixture
+def new_pair(tmp_path: Path) -> Callable[..., Toy]:
+    """A fresh encoder-decoder bundle; keywords change fields of its manifest."""
+    return lambda images=True, **changes: make_pair(tmp_path / "bundle", images, **changes)
+
+
 @pytest.fixture(scope="session")
 def shared_toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_decoder(tmp_path_factory.mktemp("toys") / "shared", "shared")

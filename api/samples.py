@@ -1,0 +1,36 @@
+"""What models are measured and calibrated on: windows of text and synthetic pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gemini.benchmarks.text import TextSource, token_windows
+from gemini.model.checkpoint import Checkpoint
+
+WINDOW, WINDOWS = 512, 4
+IMAGES = 64
+PROMPT_TOKENS, NEW_TOKENS = 128, 64
+
+Score = dict[str, Any]
+
+
+def pictures(shape: Sequence[int], count: int = IMAGES) -> torch.Tensor:
+    """Seeded pictures (count, C, H, W): smooth colour fields with noise, the spectrum of real images."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(count, shape[0], 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=tuple(shape[1:]), mode="bilinear")
+    return smooth + 0.1 * torch.randn(smooth.shape, generator=generator)
+
+
+def text_windows(
+    checkpoint: Checkpoint, text: TextSource, count: int, window: int = WINDOW, reserved: int = 0
+) -> list[NDArray[np.int64]]:
+    """The text as ``count`` windows (1, window) of token ids, with ``reserved`` at most the context."""
+    assert checkpoint.tokenizer is not None
+    ids = checkpoint.tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    return token_windows(ids, min(window, (checkpoint.context_length or window) - reserved), count)

@@ -1,0 +1,151 @@
+"""Encoder-decoders through export and runtime: the same tokens as transformers, weights stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from gemini.compress.apply import run_recipe
+from gemini.compress.recipe import load_recipe
+from gemini.export.bundle import describe, write_companions, write_manifest
+from gemini.export.exporter import export_checkpoint
+from gemini.model.checkpoint import Checkpoint
+from gemini.model.gemini import GeminiImageProcessor
+from gemini.runtime import Seq2SeqGenerator, load
+
+# float32 sums in another order over two layers; logits are of the order of 10.
+TOLERANCE = 1e-4
+SOURCES = ["w9 w33 w71 w8 w40 w99 w12", "w60 w61", "w5"]
+
+
+def words(size: int = 101) -> PreTrainedTokenizerFast:
+    """One token a word, </s> at the end of every text."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def bundle(checkpoint: Checkpoint, folder: Path) -> Seq2SeqGenerator:
+    """The checkpoint as a loaded bundle."""
+    folder.mkdir(exist_ok=True)
+    exported = export_checkpoint(checkpoint, folder, progress=False)
+    write_companions(checkpoint, folder)
+    write_manifest(folder, describe(checkpoint, exported))
+    session = load(folder, threads=1)
+    assert isinstance(session, Seq2SeqGenerator)
+    return session
+
+
+def generated(checkpoint: Checkpoint, text: str, count: int = 12) -> list[int]:
+    """What transformers generates greedily, without the start token."""
+    inputs = checkpoint.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    tokens = checkpoint.model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1)[0]
+    return tokens[1:].tolist()
+
+
+@pytest.fixture
+def make_pair(make_checkpoint: Callable[..., Checkpoint]) -> Callable[[str], Checkpoint]:
+    """name -> a tiny encoder-decoder with a tokenizer."""
+    return lambda name: replace(make_checkpoint(name), tokenizer=words())
+
+
+@pytest.mark.parametrize("name", ["bart", "marian", pytest.param("t5", marks=pytest.mark.slow)])
+def test_runtime_generates_the_tokens_of_transformers(name, make_pair, tmp_path):
+    checkpoint = make_pair(name)
+    session = bundle(checkpoint, tmp_path / "bundle")
+    together = session.generate(SOURCES, max_new_tokens=12)
+    for text, answer in zip(SOURCES, together, strict=True):
+        expected = generated(checkpoint, text)
+        assert list(answer.tokens) == expected[: len(answer.tokens)]
+        assert len(answer.tokens) == len(expected) or answer.finish_reason == "eos"
+        alone = session.generate(text, max_new_tokens=12)
+        assert alone == answer and "".join(session.stream(text, max_new_tokens=12)) == answer.text
+    targets = np.array([[7, 45, 61, 90]])
+    source = checkpoint.tokenizer(SOURCES[0])["input_ids"]
+    logits = session.logits([source], targets)
+    start = torch.tensor([[checkpoint.model.config.decoder_start_token_id, *targets[0]]])
+    with torch.no_grad():
+        expected = checkpoint.model(input_ids=torch.tensor([source]), decoder_input_ids=start).logits
+    np.testing.assert_allclose(logits, expected.numpy(), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_quantized_pair_stores_its_shared_table_once(recipe, make_pair, tmp_path):
+    checkpoint = make_pair("bart")
+    (report,) = run_recipe(checkpoint, load_recipe(recipe), None, progress=False)
+    assert {layer.kind for layer in report.layers} == {"linear", "embedding", "tied head"}
+    session = bundle(checkpoint, tmp_path / "bundle")
+    raw = session.bundle.manifest.raw
+    assert raw["verification"]["largest_difference"] < 1e-3
+    assert raw["form"].startswith("grouped"), raw["refused_forms"]
+    table = 101 * 64  # one byte a weight
+    stored = {
+        name: size for name, size in raw["bytes"].items() if "embed_tokens" in name or name == "lm_head"
+    }
+    assert table <= sum(stored.values()) < 2 * table
+    # 8-bit activations round, so tokens may differ; torch must rank what was chosen close to its best.
+    answer = session.generate(SOURCES[0], max_new_tokens=8)
+    source = checkpoint.tokenizer(SOURCES[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        tokens = torch.tensor([[1, *answer.tokens]])
+        logits = checkpoint.model(input_ids=source, decoder_input_ids=tokens).logits[0, :-1]
+    chosen = logits.gather(1, tokens[0, 1:, None])[:, 0]
+    assert (logits.amax(-1) - chosen < 0.1 * logits.std()).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("gemini-early", "int8"),
+        pytest.param("gemini-late", "fp32", marks=pytest.mark.slow),
+        pytest.param("gemini-hybrid", "int4", marks=pytest.mark.slow),
+    ],
+)
+def test_images_beside_text_reach_the_decoder(name, recipe, make_pair, tmp_path):
+    processor = GeminiImageProcessor(size={"height": 16, "width": 16})
+    checkpoint = replace(make_pair(name), processor=processor)
+    if recipe != "fp32":
+        (report,) = run_recipe(checkpoint, load_recipe(recipe), None, progress=False)
+        assert len(report.folded) == 9 and "convolution" in {layer.kind for layer in report.layers}
+    session = bundle(checkpoint, tmp_path / "bundle")
+    manifest = session.bundle.manifest
+    assert manifest.raw["form"].startswith("grouped"), manifest.raw["refused_forms"]
+    assert set(manifest.graphs) == {"vision", "encoder", "decoder"} and session.model.image.vectors == 4
+    cases = {case["name"]: case["difference"] for case in manifest.raw["verification"]["cases"]}
+    assert "prefill, padded sources with images" in cases and "prefill, one source" in cases
+    assert max(cases.values()) < 1e-3
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    pixels = checkpoint.processor(images=picture, return_tensors="pt")["pixel_values"]
+    np.testing.assert_allclose(session.preprocess([picture]), pixels.numpy(), atol=TOLERANCE)
+    if recipe != "fp32":
+        return  # activations of 8 bits: the float comparison above is the exact one
+    for text in SOURCES[:2]:
+        answer = session.generate(text, picture, max_new_tokens=8)
+        inputs = checkpoint.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        expected = checkpoint.model.generate(
+            **inputs, pixel_values=pixels, max_new_tokens=8, do_sample=False, num_beams=1
+        )
+        assert list(answer.tokens) == expected[0, 1:].tolist()
+        assert answer.tokens != session.generate(text, max_new_tokens=8).tokens
+
+
+@pytest.mark.slow
+def test_encoder_that_reads_pixels_alone(make_pair, tmp_path):
+    processor = GeminiImageProcessor(size={"height": 16, "width": 16})
+    checkpoint = replace(make_pair("vit-gpt2"), task="image-to-text", processor=processor)
+    session = bundle(checkpoint, tmp_path / "bundle")
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(session.preprocess([picture]))
+    expected = checkpoint.model.generate(pixel_values=pixels, max_new_tokens=8, do_sample=False, num_beams=1)
+    assert list(session.generate(image=picture, max_new_tokens=8).tokens) == expected[0, 1:].tolist()
