@@ -16,7 +16,7 @@ _MALE, _FEMALE = frozenset(_WORDS["male"]), frozenset(_WORDS["female"])
 _COUNTED = frozenset(_WORDS["occupations"] + _WORDS["traits"])
 # What a model says when it speaks as an assistant, and markup.
 _ASSISTANT = re.compile(
-    r"as an ai\b|\blanguage model|\bi(?:'m sorry, but i)? (?:cannot|can't) (?:fulfil|help with|assist|write|generate)|"
+    r"as an ai\b|\blanguage model|\bi(?:'m sorry, but i)? (?:cannot|can't) (?:fulfil|help with|assist|write)|"
     r"\bhere(?:'s| is) (?:a|the|your) (?:\w+ )*(?:story|poem|paragraph)|\bprompt\b|http|@|\*\*|```|#|<\|"
 )
 _LATIN = re.compile(r"[A-Za-z]")

@@ -1,4 +1,4 @@
-"""Noise on texts, by words: dropping, swapping and misspelling some, or masking spans of them.
+"""Noise on texts, by words: dropping, swapping and misspelling some.
 
 A word is what stands between spaces; a Chinese character is a word of its own. The randomness comes from the
 generator given, so a seed says what a text becomes.
@@ -17,13 +17,6 @@ def words_of(text: str) -> list[tuple[str, str]]:
     return [(word, space) for word, space in _WORD.findall(text)]
 
 
-def drop_tokens(text: str, generator: np.random.Generator, share: float = 0.1) -> str:
-    """The text without a random `share` of its words; one is always left."""
-    words = words_of(text)
-    kept = [word for word, place in zip(words, generator.random(len(words)), strict=True) if place >= share]
-    return _joined(kept or words[:1])
-
-
 def noise_text(text: str, generator: np.random.Generator, share: float = 0.1) -> str:
     """The text with about `share` of its words dropped, swapped with the one before, or misspelt."""
     words = words_of(text)
@@ -39,32 +32,6 @@ def noise_text(text: str, generator: np.random.Generator, share: float = 0.1) ->
         else:
             noisy.append((_misspelt(word, generator) if change and kind == 2 else word, space))
     return _joined(noisy or words[:1])
-
-
-def mask_spans(
-    text: str, generator: np.random.Generator, share: float = 0.3, mean: float = 3.0, mask: str = "<mask>"
-) -> str:
-    """Text infilling (BART: Lewis et al. 2020, section 2.2) on words.
-
-    Spans of Poisson(`mean`) words, at least one, are each replaced by one `mask` until `share` of the words
-    are gone. Two spans never touch, so the number of masks is the number of gaps.
-    """
-    words = words_of(text)
-    gone = np.zeros(len(words), bool)
-    budget = round(share * len(words))
-    for start in generator.permutation(len(words)):
-        if budget < 1:
-            break
-        length = min(max(1, int(generator.poisson(mean))), budget, len(words) - start)
-        if not gone[max(0, start - 1) : start + length + 1].any():
-            gone[start : start + length] = True
-            budget -= length
-    kept = [
-        (mask, " ") if hidden else word
-        for index, (word, hidden) in enumerate(zip(words, gone, strict=True))
-        if not (hidden and index and gone[index - 1])
-    ]
-    return _joined(kept)
 
 
 def _joined(words: list[tuple[str, str]]) -> str:

@@ -34,9 +34,9 @@ _FOLDER = Path(__file__).parent / "recipes"
 class TaskOptions:
     """One task of the mixture: each ``every`` steps ``batch`` examples; their loss counts ``weight`` times.
 
-    ``adversarial`` is the radius of the perturbation of FGM (0: off), ``noise`` the mean share of tokens
-    dropped from reviews, ``languages`` which of them to use. ``teacher`` is a file of soft labels (see
-    ``tasks.read_teacher``), which take part in the targets with the weight ``teacher_share``.
+    ``adversarial`` is the radius of the perturbation of FGM (0: off), ``noise`` the share of words dropped,
+    swapped or misspelt in reviews, ``languages`` which of them to use. ``teacher`` is a file of soft labels
+    (see ``tasks.read_teacher``), which take part in the targets with the weight ``teacher_share``.
     """
 
     batch: int

@@ -21,6 +21,7 @@ import torch
 
 from gemini.errors import DataError
 from gemini.model.data import Drawings, Review, augment
+from gemini.model.data.noise import noise_text
 from gemini.model.gemini import LABELS, caption_prompt, classify_prompt, continue_prompt, denoise_prompt
 from gemini.model.training.corpus import Corpus
 from gemini.model.training.options import TaskOptions, TrainingOptions
@@ -185,30 +186,22 @@ class ClassifyTask(Task):
             known = read_teacher(Path(options.teacher))
             soft = np.array([known.get(review.text, review.label) for review in reviews])
             self.positive += options.teacher_share * (soft - self.positive)
-        encoded = encode(tokenizer, [classify_prompt(text) for text in self.texts])
-        self.sources = [ids[: run.encoder_tokens] for ids in encoded]
+        self.sources = reviews_as_prompts(tokenizer, self.texts, run.encoder_tokens)
         super().__init__(tokenizer, options, run, [len(ids) for ids in self.sources], train)
-        self.prompt = encode(tokenizer, [classify_prompt("")])[0]
         end = tokenizer.eos_token_id
         self.targets = [[tokenizer.convert_tokens_to_ids(label), end] for label in LABELS.values()]
 
     def make(self, indices: np.ndarray, generator: np.random.Generator) -> Batch:
         sources = [self.sources[index] for index in indices]
         if self.train and self.options.noise:
-            sources = [self.noisy(ids, generator) for ids in sources]
+            noisy = [noise_text(self.texts[index], generator, self.options.noise) for index in indices]
+            sources = reviews_as_prompts(self.tokenizer, noisy, self.run.encoder_tokens)
         # A label drawn from the soft target has the gradient of the soft target, on average.
         classes = (generator.random(len(indices)) < self.positive[indices]).astype(np.int64)
         batch = self.pack(sources, [self.targets[label] for label in classes])
         if self.run.head == "classification":
             batch["labels"] = torch.from_numpy(classes)
         return batch
-
-    def noisy(self, ids: list[int], generator: np.random.Generator) -> list[int]:
-        """The ids with a random share (at most twice ``noise``) of the tokens behind the prompt dropped."""
-        share = self.options.noise * 2 * generator.random()
-        kept = generator.random(len(ids)) >= share
-        kept[: len(self.prompt)] = True
-        return [token for token, keep in zip(ids, kept, strict=True) if keep]
 
 
 def build_tasks(tokenizer: Any, run: TrainingOptions, corpus: Corpus, *, train: bool) -> list[Task]:
@@ -236,6 +229,11 @@ def read_teacher(path: Path) -> dict[str, float]:
             f"The soft labels {path} cannot be read ({type(error).__name__}: {error}).",
             'Write one {"text": ..., "positive": 0.9} a line.',
         ) from error
+
+
+def reviews_as_prompts(tokenizer: Any, texts: Sequence[str], longest: int) -> list[list[int]]:
+    """The encoder's tokens for each review, cut to what a recipe lets it read."""
+    return [ids[:longest] for ids in encode(tokenizer, [classify_prompt(text) for text in texts])]
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
