@@ -2,7 +2,7 @@
 
     load("vit/").classify(["cat.jpg"])      # [[Label("tabby", 0.93), …]]
 
-Pillow (extra ``[vision]``) is imported only when an image is opened.
+Pillow is imported only when an image is opened.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def open_image(image: Any) -> Image:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise RequestError(
-            "Images need Pillow, which is not installed.", "Run pip install 'gemini-edge[vision]'."
+            "Images need Pillow, which is not installed.", "Run pip install pillow."
         ) from error
     if isinstance(image, Image.Image):
         return _within_limit(image)

@@ -12,13 +12,17 @@ from tqdm import tqdm
 from gemini.errors import UsageError
 
 HELP = "Sample short stories from a language model's bundle: the text that gemini-nano learns from."
-EXAMPLE = "gemini-edge stories bundles/smollm2 --output stories.jsonl --tokens 1000000"
+EXAMPLE = "gemini-edge stories bundles/smollm2 --tokens 1000000"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `stories`."""
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle of a chat model")
-    parser.add_argument("--output", metavar="FILE", required=True, help="JSON Lines; continued where it ends")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="JSON Lines, continued where they end (default: stories.jsonl beside the data)",
+    )
     parser.add_argument(
         "--tokens", metavar="N", type=int, default=1_000_000, help="sample N tokens in all (default: 1000000)"
     )
@@ -33,12 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Append whole batches until the file holds enough tokens; an interrupted run goes on where it ended."""
+    from gemini.model.data import default_cache
     from gemini.model.data.storytelling import story_request, tidy_story
     from gemini.runtime import TextGenerator, load
 
     if args.batch < 1 or args.tokens < 1 or args.seed < 0:
         raise UsageError("--batch and --tokens must be at least 1 and --seed at least 0.", "Choose others.")
-    output = Path(args.output)
+    output = Path(args.output) if args.output else default_cache() / "stories.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
     seed, tokens, kept = _progress(output, args.seed)
     generator = load(args.bundle, threads=args.threads)
     if not isinstance(generator, TextGenerator):
