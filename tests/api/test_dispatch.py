@@ -134,7 +134,9 @@ def test_ctrl_c_ends_with_130_and_no_traceback(verb, capsys) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_real_signal_ends_with_130(sent: signal.Signals) -> None:
     code = (
-        "import sys, time, types, gemini.cli as cli\n"
+        "import signal, sys, time, types, gemini.cli as cli\n"
+        # A test run in the background inherits that interrupts are ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "fake = types.ModuleType('gemini.cli.fake')\n"
         "fake.HELP = fake.EXAMPLE = 'x'\n"
         "fake.add_arguments = lambda parser: None\n"
