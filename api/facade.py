@@ -113,7 +113,13 @@ def load_model(source: str | Path = "gemini-nano", device: str = "auto", threads
     if Path(source).is_dir():
         return Model(load(source, device, threads))
     if name in SHIPPED:
-        return Model(load(Path(str(files("gemini.pretrained") / name / "bundle")), device, threads))
+        bundle = Path(str(files("gemini.pretrained") / name / "bundle"))
+        if not bundle.is_dir():
+            raise UsageError(
+                f"{name} is not part of this installation.",
+                "Train it with `gemini-edge train nano`, compress the result and load that folder.",
+            )
+        return Model(load(bundle, device, threads))
     if name in UNTRAINED:
         raise UsageError(
             f"{name} is a configuration that nobody has trained yet; {', '.join(SHIPPED)} is.",
