@@ -36,6 +36,18 @@ def may_flip(en: str) -> bool:
     return not _SIDED.search(en.lower())
 
 
+def shrink(pixels: Tensor, side: int) -> Tensor:
+    """Drawings (B, H, W, 4) uint8 with ``side`` pixels along a side, each the mean of those it stands for."""
+    if pixels.shape[1] == side:
+        return pixels
+    image = pixels.permute(0, 3, 1, 2).float() / 255
+    alpha = image[:, 3:]
+    image = F.interpolate(torch.cat([image[:, :3] * alpha, alpha], dim=1), size=(side, side), mode="area")
+    colour, alpha = image[:, :3], image[:, 3:]
+    straight = torch.cat([colour / alpha.clamp_min(1e-6), alpha], dim=1)
+    return (straight.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+
+
 def draw(pixels: Tensor, generator: torch.Generator, train: bool, flip: Tensor) -> Tensor:
     """Pixels of drawings -> the model's input.
 

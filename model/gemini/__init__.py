@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -20,6 +21,7 @@ from gemini.model.gemini.configuration import GeminiConfig
 from gemini.model.gemini.image_processor import GeminiImageProcessor
 from gemini.model.gemini.modeling import (
     GeminiForConditionalGeneration,
+    GeminiForImageClassification,
     GeminiForSequenceClassification,
     GeminiModel,
     shift_right,
@@ -41,6 +43,7 @@ __all__ = [
     "TASK_PREFIXES",
     "GeminiConfig",
     "GeminiForConditionalGeneration",
+    "GeminiForImageClassification",
     "GeminiForSequenceClassification",
     "GeminiImageProcessor",
     "GeminiModel",
@@ -59,6 +62,7 @@ AutoModel.register(GeminiConfig, GeminiModel, exist_ok=True)
 AutoModelForSeq2SeqLM.register(GeminiConfig, GeminiForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(GeminiConfig, GeminiForConditionalGeneration, exist_ok=True)
 AutoModelForSequenceClassification.register(GeminiConfig, GeminiForSequenceClassification, exist_ok=True)
+AutoModelForImageClassification.register(GeminiConfig, GeminiForImageClassification, exist_ok=True)
 AutoTokenizer.register(GeminiConfig, tokenizer_class=GeminiTokenizer, exist_ok=True)
 AutoImageProcessor.register(
     GeminiConfig, image_processor_classes={"pil": GeminiImageProcessor}, exist_ok=True

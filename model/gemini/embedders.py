@@ -81,7 +81,16 @@ class ImageEmbedder(nn.Module):
         self.positions = GridPositions(config.image_grid, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
+    @property
+    def tower(self) -> nn.Module:
+        """The part before positions."""
+        return nn.ModuleList([self.stem, self.stages, self.projection])
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What each cell of the grid shows, not where it stands; pixels may be of any size."""
+        grid = self.stages(self.stem(pixel_values))
+        return self.projection(grid.flatten(2).transpose(1, 2))
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Row by row from the top left."""
-        grid = self.stages(self.stem(pixel_values))
-        return self.dropout(self.projection(grid.flatten(2).transpose(1, 2)) + self.positions())
+        return self.dropout(self.features(pixel_values) + self.positions())

@@ -13,12 +13,16 @@ from gemini.model.data import Drawings, Review, load_drawings, load_sentiment, l
 
 @dataclass(frozen=True)
 class Corpus:
-    """Drawings with names, labelled reviews, stories, other texts; any of them may be empty."""
+    """Drawings with names, labelled reviews, stories, other texts; any of them may be empty.
+
+    ``names`` are the English names of the training split in order, the classes that drawings can have.
+    """
 
     drawings: Drawings
     reviews: Sequence[Review] = ()
     stories: Sequence[str] = ()
     texts: Sequence[str] = ()
+    names: Sequence[str] = ()
 
     def all_texts(self) -> list[str]:
         """Everything to train a tokenizer on."""
@@ -37,8 +41,9 @@ def load_corpus(cache: Path, split: str, tasks: Collection[str]) -> Corpus:
     prose = bool({"continue", "denoise"} & set(tasks))
     stories = prose and (cache / "stories.jsonl").is_file()
     return Corpus(
-        drawings=load_drawings(cache, split) if "caption" in tasks else NO_DRAWINGS,
+        drawings=load_drawings(cache, split) if {"caption", "name"} & set(tasks) else NO_DRAWINGS,
         reviews=load_sentiment(cache, split) if {"classify", "denoise"} & set(tasks) else (),
         stories=load_stories(cache, split) if stories else (),
         texts=load_texts(cache, split) if prose else (),
+        names=sorted(set(load_drawings(cache, "train").en)) if "name" in tasks else (),
     )

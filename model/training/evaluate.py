@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gemini.model.data import Drawings, Review, augment
 from gemini.model.gemini import LABELS, caption_prompt, classify_prompt, continue_prompt
-from gemini.model.training.tasks import IGNORED, Batch, Task, encode, pad
+from gemini.model.training.tasks import IGNORED, Batch, NameTask, Task, encode, pad
 
 
 @torch.inference_mode()
@@ -107,6 +107,15 @@ def judge_sentiment(
             f"sentiment_{language}_count": len(own),
         }
     return scores
+
+
+@torch.inference_mode()
+def name_accuracy(model: Any, task: NameTask, *, batch: int = 100) -> float:
+    """Percent of a split's drawings whose class comes first."""
+    still = torch.zeros(len(task.labels), dtype=torch.bool)
+    pixels = augment.draw(task.pixels, torch.Generator(), train=False, flip=still)
+    found = torch.cat([model(pixel_values=part).logits.argmax(1) for part in pixels.split(batch)])
+    return 100 * (found == task.labels).float().mean().item()
 
 
 @torch.inference_mode()

@@ -49,6 +49,8 @@ def judge(
             figures |= evaluate.judge_captions(models[0], tokenizer, corpus.drawings, limit=limit)
         elif task.name == "classify":
             figures |= evaluate.judge_sentiment(models, tokenizer, corpus.reviews, limit=limit)
+        elif task.name == "name":
+            figures["name_accuracy"] = evaluate.name_accuracy(models[0], task)
         elif task.name == "continue":
             figures["perplexity"] = evaluate.perplexity(loss)
     return figures

@@ -29,11 +29,12 @@ from gemini.model.training.judge import judge, judge_result
 from gemini.model.training.log import Log
 from gemini.model.training.lora import add_lora, merge_lora
 from gemini.model.training.losses import classification_loss, generation_loss, make_optimizer
-from gemini.model.training.options import TrainingOptions
+from gemini.model.training.options import TrainingOptions, load_options
 from gemini.model.training.order import step_seed
 from gemini.model.training.schedule import learning_rate_factor, progress
 from gemini.model.training.start import load_tokenizer, make_model, save_final
 from gemini.model.training.tasks import Batch, Task, build_tasks
+from gemini.model.training.teacher import ENCODER, ensure_teacher
 
 
 @dataclass
@@ -58,7 +59,12 @@ def train(
     options: TrainingOptions, folder: Path, cache: Path, *, resume: bool = False, show: bool = False
 ) -> dict[str, Any]:
     """Train, save a Hugging Face folder, judge it on the test split; returns what training.json says."""
-    options = _recorded_options(folder, options, resume)
+    chained = bool(options.first and not options.start)
+    own_share = 1 - options.first_share if chained else 1
+    before_minutes = options.minutes * options.first_share
+    options = _recorded_options(folder, replace(options, minutes=options.minutes * own_share), resume)
+    if options.first and not options.start:
+        options = _after_first(options, before_minutes, folder, cache, show)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are his
         run = _prepare(options, folder, cache, show)
         try:
@@ -66,6 +72,19 @@ def train(
             return _finish(run, cache)
         finally:
             run.log.close()
+
+
+def _after_first(
+    options: TrainingOptions, minutes: float, folder: Path, cache: Path, show: bool
+) -> TrainingOptions:
+    """The options that start from the result of the recipe before, which is trained or resumed if need be."""
+    before = load_options(options.first)
+    own = folder / before.name
+    if not (own / "training.json").exists():
+        shape = {**before.model, **options.model}
+        before = replace(before, minutes=minutes, size=options.size, seed=options.seed, model=shape)
+        train(before, own, cache, resume=True, show=show)
+    return replace(options, start=str(own))
 
 
 def _recorded_options(folder: Path, options: TrainingOptions, resume: bool) -> TrainingOptions:
@@ -87,11 +106,13 @@ def _prepare(options: TrainingOptions, folder: Path, cache: Path, show: bool) ->
     state.write_atomically(folder / "options.json", recorded.encode())
     tokenizer = load_tokenizer(options, folder, corpus)
     torch.manual_seed(options.seed)
-    model = make_model(options, tokenizer)
+    model = make_model(options, tokenizer, corpus.names)
     wrapper = None
     if options.lora_rank:
-        heads = ("classifier",) if options.head == "classification" else ()
+        heads = ("classifier",) if options.head != "generation" else ()
         wrapper = add_lora(model, options.lora_rank, options.lora_alpha, train_also=heads)
+    if options.freeze_tower:
+        model.get_encoder().image.tower.requires_grad_(False)
     model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, options.weight_decay)
     average = RunningAverage(model, options.ema_decay)
@@ -110,12 +131,23 @@ def _prepare(options: TrainingOptions, folder: Path, cache: Path, show: bool) ->
         wrapper=wrapper,
         optimizer=optimizer,
         average=average,
-        tasks=build_tasks(tokenizer, options, corpus, train=True),
+        tasks=build_tasks(tokenizer, _with_teacher(options, cache, show), corpus, train=True),
         valid=valid,
         valid_tasks=build_tasks(tokenizer, options, valid, train=False),
         progress=done,
         log=Log(folder / "runs", options.steps, done.step, show=show),
     )
+
+
+def _with_teacher(options: TrainingOptions, cache: Path, show: bool) -> TrainingOptions:
+    """The options with the file of soft labels in place of the teacher's name."""
+    tasks = {
+        name: replace(task, teacher=str(ensure_teacher(cache, show=show)))
+        if task.teacher == ENCODER
+        else task
+        for name, task in options.tasks.items()
+    }
+    return replace(options, tasks=tasks)
 
 
 def _steps(run: Run) -> None:
@@ -141,6 +173,8 @@ def _steps(run: Run) -> None:
 def train_step(run: Run, step: int, rate: float) -> dict[str, float]:
     """One step of AdamW on the summed gradients of the tasks; returns each task's loss."""
     run.model.train()
+    if run.options.freeze_tower:
+        run.model.get_encoder().image.tower.eval()  # else batch norm would go on learning
     torch.manual_seed(step_seed(run.options.seed, "dropout", step))
     losses = {}
     for task in run.tasks:

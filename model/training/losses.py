@@ -31,7 +31,7 @@ def generation_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> Tensor:
 
 def classification_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over the labels, int64 (B,) or, when distilled, probabilities (B, classes)."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
     return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing)
 
 

@@ -23,9 +23,12 @@ from typing import Any
 from gemini.errors import RecipeError
 from gemini.model.recipe_file import read_recipe
 
-BUILTIN = ("nano", "pretrain", "caption", "classify")
-TASKS = ("caption", "continue", "denoise", "classify")
-HEADS = ("generation", "classification")
+BUILTIN = ("nano", "tower", "sketch", "pretrain", "caption", "classify")
+HEADS = {  # and the tasks that each can learn
+    "generation": ("caption", "continue", "denoise", "classify"),
+    "classification": ("classify",),
+    "image-classification": ("name",),
+}
 FUSIONS = ("early", "late", "hybrid")
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -36,7 +39,9 @@ class TaskOptions:
 
     ``adversarial`` is the radius of the perturbation of FGM (0: off), ``noise`` the share of words dropped,
     swapped or misspelt in reviews, ``languages`` which of them to use. ``teacher`` is a file of soft labels
-    (see ``tasks.read_teacher``), which take part in the targets with the weight ``teacher_share``.
+    (see ``tasks.read_teacher``), or all-minilm-l6-v2 to have it made (`gemini.model.training.teacher`). In
+    targets of reviews they have the weight ``teacher_share``; the file's other texts are learnt too. Drawings
+    are shown with ``pixels`` along a side (0: as they are).
     """
 
     batch: int
@@ -48,6 +53,7 @@ class TaskOptions:
     languages: tuple[str, ...] = ("en", "zh")
     teacher: str = ""
     teacher_share: float = 0.5
+    pixels: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "languages", tuple(self.languages))
@@ -58,6 +64,7 @@ class TaskOptions:
         _check_range("adversarial", self.adversarial, 0, 100)
         _check_range("noise", self.noise, 0, 0.9)
         _check_range("teacher_share", self.teacher_share, 0, 1)
+        _check_range("pixels", self.pixels, 0, 64)
         if not self.languages or not set(self.languages) <= {"en", "zh"}:
             raise RecipeError(
                 f"`languages` is {list(self.languages)}.", 'Write ["en"], ["zh"] or ["en", "zh"].'
@@ -67,6 +74,10 @@ class TaskOptions:
 @dataclass(frozen=True)
 class TrainingOptions:
     """A whole run. ``model`` holds further fields of ``GeminiConfig``; ``start`` is a checkpoint's folder.
+
+    ``first`` names a recipe that is trained before, unless there is a checkpoint to start from; this run then
+    starts from its result, and of ``minutes`` it gets the part ``first_share``. ``freeze_tower`` keeps the
+    convolutional tower as it starts, which makes a step on drawings half as long.
 
     ``minutes`` limits the time of the training itself (0: no limit); the learning rate then falls to zero at
     whichever end comes first. ``patience`` evaluations without a better validation loss end it (0: never).
@@ -80,6 +91,9 @@ class TrainingOptions:
     fusion: str = "early"
     model: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
+    first: str = ""
+    first_share: float = 0.5
+    freeze_tower: bool = False
     seed: int = 0
     minutes: float = 0.0
     learning_rate: float = 1e-3
@@ -98,10 +112,11 @@ class TrainingOptions:
     vocabulary: int = 8192
 
     def __post_init__(self) -> None:
-        _check_choice("head", self.head, HEADS)
+        _check_choice("head", self.head, tuple(HEADS))
         _check_choice("fusion", self.fusion, FUSIONS)
         _check_range("steps", self.steps, 1, 10_000_000)
         _check_range("minutes", self.minutes, 0, 60 * 24 * 30)
+        _check_range("first_share", self.first_share, 0.01, 0.99)
         _check_range("learning_rate", self.learning_rate, 0, 1)
         _check_range("warmup", self.warmup, 0, 1_000_000)
         _check_range("weight_decay", self.weight_decay, 0, 1)
@@ -118,7 +133,7 @@ class TrainingOptions:
                 "The recipe has no task.", "Add a table such as [tasks.caption] with `batch = 64`."
             )
         for name in self.tasks:
-            _check_choice("task", name, TASKS if self.head == "generation" else ("classify",))
+            _check_choice("task", name, HEADS[self.head])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; ``from_dict`` is the inverse."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from gemini.model.gemini import (
     TASK_PREFIXES,
     GeminiConfig,
     GeminiForConditionalGeneration,
+    GeminiForImageClassification,
     GeminiForSequenceClassification,
     GeminiImageProcessor,
     GeminiTokenizer,
@@ -19,13 +21,23 @@ from gemini.model.gemini import (
 from gemini.model.training.corpus import Corpus
 from gemini.model.training.options import TrainingOptions
 
+_HEADS = {
+    "generation": GeminiForConditionalGeneration,
+    "classification": GeminiForSequenceClassification,
+    "image-classification": GeminiForImageClassification,
+}
+
 
 def load_tokenizer(options: TrainingOptions, folder: Path, corpus: Corpus) -> Any:
-    """The tokenizer of the run resumed, of the checkpoint started from, or a new one; kept in ``folder``."""
+    """The tokenizer of the run resumed, of the checkpoint started from, or a new one; kept in ``folder``.
+
+    None where nothing is read.
+    """
+    if options.head == "image-classification":
+        return None
     if (folder / "tokenizer.json").exists():
         return GeminiTokenizer.from_pretrained(folder, local_files_only=True)
-    if options.start:
-        _check_checkpoint(options.start)
+    if options.start and not _is_tower(options.start):
         tokenizer = GeminiTokenizer.from_pretrained(options.start, local_files_only=True)
     else:
         tokenizer = train_tokenizer(corpus.all_texts(), options.vocabulary)
@@ -33,51 +45,76 @@ def load_tokenizer(options: TrainingOptions, folder: Path, corpus: Corpus) -> An
     return tokenizer
 
 
-def make_model(options: TrainingOptions, tokenizer: Any) -> Any:
-    """A model of the recipe's size with random weights, or the checkpoint's with the recipe's head."""
-    heads = {
-        "generation": GeminiForConditionalGeneration,
-        "classification": GeminiForSequenceClassification,
-    }
+def make_model(options: TrainingOptions, tokenizer: Any, names: Sequence[str] = ()) -> Any:
+    """A model of the recipe's size with random weights, or the checkpoint's with the recipe's head.
+
+    Of a checkpoint that classifies images only the convolutional tower is taken. ``names`` are the classes of
+    an image.
+    """
+    head = _HEADS[options.head]
+    classes = {"generation": (), "classification": tuple(LABELS), "image-classification": names}[options.head]
     labels: dict[str, Any] = {}
-    if options.head == "classification":
-        names = dict(enumerate(LABELS))
-        labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-    if options.start:
-        return heads[options.head].from_pretrained(options.start, local_files_only=True, **labels)
-    config = GeminiConfig.sized(
-        options.size,
-        **{
-            "fusion": options.fusion,
+    if classes:
+        numbered = dict(enumerate(classes))
+        labels = {"id2label": numbered, "label2id": {name: index for index, name in numbered.items()}}
+    from_tower = bool(options.start) and _is_tower(options.start)
+    if options.start and from_tower == (options.head == "image-classification"):
+        return head.from_pretrained(options.start, local_files_only=True, **labels)
+    vocabulary = {}
+    if tokenizer is not None:
+        vocabulary = {
             "vocab_size": len(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "decoder_start_token_id": tokenizer.bos_token_id,
             "task_specific_params": TASK_PREFIXES,
-            **labels,
-            **options.model,
-        },
-    )
-    return heads[options.head](config)
+        }
+    shape = {"fusion": options.fusion, **vocabulary, **labels, **options.model}
+    model = head(GeminiConfig.sized(options.size, **shape))
+    if from_tower:
+        _copy_tower(model, options.start)
+    return model
+
+
+def _copy_tower(model: Any, folder: str) -> None:
+    """The image embedder of a checkpoint that classifies images, into a model that reads images."""
+    image = model.get_encoder().image
+    tower = GeminiForImageClassification.from_pretrained(folder, local_files_only=True).image
+    try:
+        image.load_state_dict(tower.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The tower of {folder} does not fit: {str(error).splitlines()[-1].strip()}",
+            "Train it with the same `size`, `image_channels` and `image_size`.",
+        ) from error
 
 
 def load_checkpoint(folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a finished run, ready to be judged."""
     _check_checkpoint(str(folder))
     config = GeminiConfig.from_pretrained(folder, local_files_only=True)
-    classifies = "GeminiForSequenceClassification" in (config.architectures or ())
-    head = GeminiForSequenceClassification if classifies else GeminiForConditionalGeneration
+    (head,) = (head for head in _HEADS.values() if head.__name__ in (config.architectures or ()))
     model = head.from_pretrained(folder, local_files_only=True).eval()
+    if head is GeminiForImageClassification:
+        return model, None
     return model, GeminiTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
     """config.json, model.safetensors, the tokenizer's files, preprocessor_config.json."""
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     side = model.config.image_size
     GeminiImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
+
+
+def _is_tower(folder: str) -> bool:
+    """Whether a checkpoint classifies images and does nothing else."""
+    _check_checkpoint(folder)
+    config = GeminiConfig.from_pretrained(folder, local_files_only=True)
+    return GeminiForImageClassification.__name__ in (config.architectures or ())
 
 
 def _check_checkpoint(folder: str) -> None:

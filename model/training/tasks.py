@@ -4,6 +4,7 @@
     continue  <continue> a beginning       -> what comes after it</s>
     denoise   <denoise> a text with <mask> -> the whole text</s>
     classify  <classify> a review          -> <positive></s>      (or a class for the classification head)
+    name      image                        -> one class a name    (for the image classification head)
 
 ``batch(step)`` is a pure function of (seed, task, step). Texts are tokenized once, when a task is made.
 """
@@ -91,6 +92,29 @@ class CaptionTask(Task):
             [self.targets[language][index] for language, index in zip(languages, indices, strict=True)],
         )
         return batch | {"pixel_values": pixels.contiguous(memory_format=torch.channels_last)}
+
+
+class NameTask(Task):
+    """A drawing to the number of its name; drawings of things without a number are left out."""
+
+    name = "name"
+
+    def __init__(self, options: TaskOptions, run: TrainingOptions, corpus: Corpus, train: bool) -> None:
+        drawings, numbers = corpus.drawings, {name: number for number, name in enumerate(corpus.names)}
+        known = [index for index, name in enumerate(drawings.en) if name in numbers]
+        _require(len(known), "drawings", "gemini-edge data")
+        super().__init__(None, options, run, [1] * len(known), train)
+        self.pixels = augment.shrink(torch.from_numpy(drawings.pixels[known]), options.pixels or 64)
+        self.labels = torch.tensor([numbers[drawings.en[index]] for index in known])
+        self.flippable = torch.tensor([augment.may_flip(drawings.en[index]) for index in known])
+
+    def make(self, indices: np.ndarray, generator: np.random.Generator) -> Batch:
+        noise = torch.Generator().manual_seed(int(generator.integers(2**62)))
+        pixels = augment.draw(self.pixels[indices], noise, train=self.train, flip=self.flippable[indices])
+        return {
+            "pixel_values": pixels.contiguous(memory_format=torch.channels_last),
+            "labels": self.labels[indices],
+        }
 
 
 class ContinueTask(Task):
@@ -184,8 +208,10 @@ class ClassifyTask(Task):
         self.positive = np.array([float(review.label) for review in reviews])
         if train and options.teacher:
             known = read_teacher(Path(options.teacher))
-            soft = np.array([known.get(review.text, review.label) for review in reviews])
+            soft = np.array([known.pop(review.text, review.label) for review in reviews])
             self.positive += options.teacher_share * (soft - self.positive)
+            self.texts += known
+            self.positive = np.concatenate([self.positive, list(known.values())])
         self.sources = reviews_as_prompts(tokenizer, self.texts, run.encoder_tokens)
         super().__init__(tokenizer, options, run, [len(ids) for ids in self.sources], train)
         end = tokenizer.eos_token_id
@@ -215,12 +241,13 @@ def build_tasks(tokenizer: Any, run: TrainingOptions, corpus: Corpus, *, train: 
             tokenizer, task, run, [*prose, *(review.text for review in corpus.reviews)], train
         ),
         "classify": lambda task: ClassifyTask(tokenizer, task, run, corpus.reviews, train),
+        "name": lambda task: NameTask(task, run, corpus, train),
     }
     return [makers[name](task) for name, task in run.tasks.items()]
 
 
 def read_teacher(path: Path) -> dict[str, float]:
-    """Review -> probability that it is positive, from JSON Lines of {"text", "positive"}."""
+    """Text -> probability that it is positive, from JSON Lines of {"text", "positive"}."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return {str(row["text"]): min(1.0, max(0.0, float(row["positive"]))) for row in rows}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gemini.model.data.augment import _backgrounds, _edges, _jitter, _move, draw, may_flip
+from gemini.model.data.augment import _backgrounds, _edges, _jitter, _move, draw, may_flip, shrink
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -123,3 +123,19 @@ def test_a_name_with_a_side_or_writing_may_not_be_mirrored(name: str) -> None:
 )
 def test_others_may(name: str) -> None:
     assert may_flip(name)
+
+
+def test_shrinking_takes_the_mean_of_what_is_covered() -> None:
+    pixels = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
+    pixels[0, :2, :2] = torch.tensor([200, 100, 40, 255])
+    pixels[0, 0, 2] = torch.tensor(
+        [80, 80, 80, 255]
+    )  # alone in a clear square: its colour, a quarter of alpha
+    small = shrink(pixels, 2)[0]
+    assert small[0, 0].tolist() == [200, 100, 40, 255]
+    assert small[0, 1].tolist() == [80, 80, 80, 64]
+    assert small[1].eq(0).all()
+
+
+def test_a_drawing_of_the_wanted_size_is_left_as_it_is(pixels: torch.Tensor) -> None:
+    assert shrink(pixels, 64) is pixels

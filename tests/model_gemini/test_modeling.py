@@ -7,11 +7,17 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim, export
-from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from gemini.errors import UsageError
 from gemini.model.gemini import (
     GeminiForConditionalGeneration,
+    GeminiForImageClassification,
     GeminiForSequenceClassification,
     GeminiModel,
     shift_right,
@@ -193,6 +199,23 @@ def test_classifier_losses(tiny: Any, batch: Batch) -> None:
     targets = torch.tensor([0.5, -1])
     expected = nn.functional.mse_loss(regressor(**batch).logits[:, 0], targets)
     assert torch.equal(regressor(**batch, labels=targets).loss, expected)
+
+
+def test_image_classifier_is_a_linear_head_over_the_mean_of_the_tower(tiny: Any, tmp_path: Path) -> None:
+    model = GeminiForImageClassification(tiny(num_labels=3)).eval()
+    side = model.config.image_stride
+    for size in (2 * side, 4 * side):
+        pixels = torch.rand(2, 3, size, size)
+        grid = model.image.stages(model.image.stem(pixels))
+        expected = model.classifier(model.image.projection(grid.mean((2, 3))))
+        torch.testing.assert_close(model(pixels).logits, expected, atol=TOLERANCE, rtol=0)
+    labels = torch.tensor([2, 0])
+    expected = nn.functional.cross_entropy(model(pixels).logits, labels)
+    assert torch.equal(model(pixels, labels=labels).loss, expected)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(loaded) is GeminiForImageClassification
+    assert torch.equal(loaded(pixels).logits, model(pixels).logits)
 
 
 class EncoderPart(nn.Module):

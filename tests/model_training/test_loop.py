@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gemini.errors import UsageError
+from gemini.errors import CheckpointError, UsageError
+from gemini.model.training import loop
 from gemini.model.training.loop import train
 from gemini.model.training.options import TaskOptions
 from gemini.model.training.start import load_checkpoint
@@ -71,6 +72,36 @@ def test_a_killed_run_resumes_to_the_same_weights(finished, options, cache, tmp_
     unbroken, resumed = load_file(finished[0] / "model.safetensors"), load_file(folder / "model.safetensors")
     assert unbroken.keys() == resumed.keys()
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_a_run_starts_from_the_tower_that_was_trained_before(options, cache, tmp_path, monkeypatch):
+    before = dataclasses.replace(
+        options, name="before", head="image-classification", tasks={"name": TaskOptions(4, pixels=32)}
+    )
+    monkeypatch.setattr(loop, "load_options", {"before": before}.__getitem__)
+    chained = dataclasses.replace(options, first="before", freeze_tower=True, steps=2)
+    train(chained, tmp_path / "out", cache)
+    tower = load_file(tmp_path / "out" / "before" / "model.safetensors")
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    kept = [name for name in tower if name.startswith("image.") and "positions" not in name]
+    assert len(kept) > 20  # parameters, and what batch norm has counted
+    assert all(torch.equal(tower[name], whole[f"model.encoder.{name}"]) for name in kept)
+    figures = json.loads((tmp_path / "out" / "before" / "training.json").read_text())["test"]
+    assert 0 <= figures["name_accuracy"] <= 100
+    # A resumed run does not train the first part again.
+    (tmp_path / "out" / "training.json").unlink()
+    monkeypatch.setattr(loop, "load_options", {}.__getitem__)
+    train(dataclasses.replace(chained, steps=3), tmp_path / "out", cache, resume=True)
+
+
+def test_a_tower_of_other_widths_is_refused(options, cache, tmp_path):
+    tower = dataclasses.replace(options, head="image-classification", steps=1, tasks={"name": TaskOptions(4)})
+    train(tower, tmp_path / "tower", cache)
+    other = dataclasses.replace(
+        options, start=str(tmp_path / "tower"), model={**options.model, "image_channels": [4, 8, 32]}
+    )
+    with pytest.raises(CheckpointError, match="does not fit"):
+        train(other, tmp_path / "out", cache)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished, options, cache):

@@ -11,10 +11,18 @@ import torch
 from gemini.errors import DataError
 from gemini.model.data import Review
 from gemini.model.gemini import continue_prompt
-from gemini.model.training.corpus import NO_DRAWINGS
+from gemini.model.training.corpus import NO_DRAWINGS, load_corpus
 from gemini.model.training.losses import generation_loss, make_optimizer
 from gemini.model.training.options import TaskOptions
-from gemini.model.training.tasks import IGNORED, CaptionTask, ClassifyTask, build_tasks, encode, infill
+from gemini.model.training.tasks import (
+    IGNORED,
+    CaptionTask,
+    ClassifyTask,
+    NameTask,
+    build_tasks,
+    encode,
+    infill,
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +137,25 @@ def test_only_matrices_decay(model):
     assert "model.shared.weight" in free and any(name.endswith("bias") for name in free)
     total = sum(len(group["params"]) for group in (decayed, others))
     assert total == len(list(model.parameters()))
+
+
+def test_further_texts_of_a_teacher_are_learnt_too(tokenizer, options, corpus, tmp_path):
+    path = tmp_path / "teacher.jsonl"
+    path.write_text(json.dumps({"text": "never seen", "positive": 1.0}))
+    taught = TaskOptions(2, teacher=str(path))
+    task = ClassifyTask(tokenizer, taught, options, corpus.reviews, True)
+    assert task.texts[-1] == "never seen" and task.positive[-1] == 1.0
+    assert len(task.texts) == len(corpus.reviews) + 1 == len(task.sources) == len(task.positive)
+    held_out = ClassifyTask(tokenizer, taught, options, corpus.reviews, False)
+    assert len(held_out.texts) == len(corpus.reviews)
+
+
+def test_names_are_numbered_in_order_and_strangers_left_out(options, cache):
+    corpus = load_corpus(cache, "train", ["name"])
+    assert list(corpus.names) == sorted({*corpus.drawings.en}) and len(corpus.names) == 8
+    corpus = dataclasses.replace(corpus, names=corpus.names[:3])
+    task = NameTask(TaskOptions(4, pixels=16), options, corpus, train=False)
+    assert len(task.labels) == 3
+    batch = task.batch(0)
+    assert batch["pixel_values"].shape == (4, 3, 16, 16)
+    assert set(batch["labels"].tolist()) == {0, 1, 2}
