@@ -3,7 +3,7 @@
     python -m gemini.model.training.teacher CACHE OUTPUT.jsonl
 
 all-MiniLM-L6-v2 is frozen; a logistic regression over its states is fitted to the training split alone.
-What it then labels are texts made from that split (crops, mixtures, lost words: the transfer set of Tang et al.,
+What it then labels are texts made from that split (crops, mixtures, losses: the transfer set of Tang et al.,
 "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", arXiv:1903.12136) and the words of
 its own vocabulary. A review itself is labelled by a regression that did not see it.
 """
