@@ -24,6 +24,7 @@ from gemini.errors import RecipeError, UsageError
 from gemini.model.training import state
 from gemini.model.training.adversarial import adversarial_loss
 from gemini.model.training.average import RunningAverage
+from gemini.model.training.card import model_card
 from gemini.model.training.corpus import Corpus, load_corpus
 from gemini.model.training.judge import judge, judge_result
 from gemini.model.training.log import Log
@@ -282,4 +283,6 @@ def _finish(run: Run, cache: Path) -> dict[str, Any]:
     }
     text = json.dumps(summary, indent=2, ensure_ascii=False)
     state.write_atomically(run.folder / "training.json", text.encode())
+    if options.head == "generation":
+        state.write_atomically(run.folder / "README.md", model_card(run.folder, cache).encode())
     return summary

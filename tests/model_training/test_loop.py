@@ -42,6 +42,7 @@ def test_the_result_is_a_checkpoint_with_a_summary(finished, options):
     assert list((folder / "runs").glob("events*"))
     model, tokenizer = load_checkpoint(folder)
     assert (folder / "preprocessor_config.json").exists()
+    assert (folder / "README.md").read_text().startswith("---\nlicense:")
     assert len(tokenizer) == model.config.vocab_size
 
 
