@@ -203,13 +203,10 @@ def quantize(
     input feature (all ones when None); without it the parameters are round to nearest. Raises ValueError for
     values that are not finite.
     """
-    _require_finite(weight)
+    require_finite(weight)
     rows, columns = weight.shape
     mass = torch.ones(columns) if importance is None else importance.to(torch.float32)
-    # Only ratios inside a block matter. The floor keeps features that calibration never saw from being
-    # ignored.
-    mass = mass / mass.mean().clamp(min=torch.finfo(torch.float32).tiny) + IMPORTANCE_FLOOR
-    mass = split_blocks(mass.unsqueeze(0), block_size)
+    mass = split_blocks(relative_mass(mass).unsqueeze(0), block_size)
     step = max(1, _CHUNK // (mass.shape[0] * block_size))
     parts = [
         _quantize_rows(weight[start : start + step], mass, bits, symmetric, search)
@@ -228,14 +225,27 @@ def _quantize_rows(
         scale, zero_point = search_qparams(blocks, mass, bits, symmetric)
     else:
         scale, zero_point = choose_qparams(blocks, bits, symmetric)
-    codes = (encode(blocks, scale, zero_point, bits) + zero_point).permute(2, 0, 1).to(torch.uint8)
-    zeros = zero_point.squeeze(1).T.to(torch.uint8)
+    return pack_blocks(encode(blocks, scale, zero_point, bits) + zero_point, scale, zero_point, bits)
+
+
+def pack_blocks(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (B, size, R), scale and zero point (B, 1, R) as MatMulNBits stores them, rows first."""
+    codes, zeros = codes.permute(2, 0, 1).to(torch.uint8), zero_point.squeeze(1).T.to(torch.uint8)
     if bits == 4:
         codes, zeros = pack_4bit(codes), pack_4bit(zeros, pad=8)
     return codes.contiguous(), scale.squeeze(1).T.contiguous(), zeros.contiguous()
 
 
-def _require_finite(weight: Tensor) -> None:
+def relative_mass(importance: Tensor) -> Tensor:
+    """Importance (K,) relative to its mean, as only ratios matter.
+
+    The floor keeps features that calibration never saw from being ignored.
+    """
+    return importance / importance.mean().clamp(min=torch.finfo(torch.float32).tiny) + IMPORTANCE_FLOOR
+
+
+def require_finite(weight: Tensor) -> None:
+    """Raise ValueError for values that are not finite."""
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight holds values that are not finite")
 
@@ -246,7 +256,7 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     The range is narrow (no -128): x86 kernels without VNNI add pairs of products in 16 bits, and
     DynamicQuantizeMatMul offers no zero point for the weight.
     """
-    _require_finite(weight)
+    require_finite(weight)
     scales = weight.abs().amax(-1) / 127.0
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     return (weight / scales.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scales

@@ -1,0 +1,113 @@
+"""GPTQ: quantize a weight one input feature at a time, and let the features to come make up for the error.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv:2210.17323, algorithm 1, with activation order and static groups: features with the largest E[x^2] come
+first, and scales and zero points are fixed before, from the weight as it was.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemini.compress.quantize import (
+    Quantized,
+    choose_qparams,
+    pack_blocks,
+    relative_mass,
+    require_finite,
+    search_qparams,
+    split_blocks,
+)
+
+DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper's section 3.3
+_PANEL = 64  # features whose updates are gathered before the rest of the weight is touched
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int,
+    block_size: int,
+    symmetric: bool = False,
+    search: bool = True,
+    damping: float = DAMPING,
+) -> Quantized:
+    """Quantize a float weight (rows, K) so that ``sum (w x - w' x)^2`` over the calibration inputs is small.
+
+    Args:
+        weight: float (rows, K).
+        hessian: (K, K), E[x x^T] of the layer's inputs; a feature that is always zero is rounded to nearest.
+        bits: 4 or 8.
+        block_size: features that share a scale and, unless ``symmetric``, a zero point.
+        search: fit those to the error weighted by E[x^2] (``quantize.search_qparams``), else to the range.
+        damping: added to the diagonal, as a share of its mean.
+
+    Raises:
+        ValueError: values that are not finite, or a Hessian that is not positive definite.
+    """
+    require_finite(weight)
+    require_finite(hessian)
+    columns = weight.shape[1]
+    blocks = split_blocks(weight.to(torch.float32), block_size)
+    if search:
+        mass = split_blocks(relative_mass(hessian.diagonal().float()).unsqueeze(0), block_size)
+        scale, zero_point = search_qparams(blocks, mass, bits, symmetric)
+    else:
+        scale, zero_point = choose_qparams(blocks, bits, symmetric)
+    # One row a feature, as the columns of the weight are taken in turn.
+    scales = scale.double().expand_as(blocks).flatten(0, 1)[:columns]
+    zeros = zero_point.double().expand_as(blocks).flatten(0, 1)[:columns]
+    codes = zero_point.expand_as(blocks).flatten(0, 1).clone()  # padding stands for 0
+    order = activation_order(hessian)
+    factor = inverse_factor(hessian[order][:, order], damping)
+    codes[order] = _round_in_turn(weight.T.double()[order], factor, scales[order], zeros[order], bits).float()
+    packed = pack_blocks(codes.reshape(blocks.shape), scale, zero_point, bits)
+    return Quantized(packed[0], packed[1], None if symmetric else packed[2], bits, block_size, columns)
+
+
+def activation_order(hessian: Tensor) -> Tensor:
+    """Features by falling E[x^2]; among equals the first comes first."""
+    return hessian.diagonal().argsort(descending=True, stable=True)
+
+
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """The upper Cholesky factor U of the damped inverse, U^T U = H^-1: float64 (K, K).
+
+    Row i holds what is left of H^-1 once the features before i are fixed, divided by the root of its pivot.
+    ValueError if H is not positive definite.
+    """
+    damped = hessian.double().clone()
+    diagonal = damped.diagonal()
+    diagonal += damping * diagonal.mean()
+    diagonal[diagonal <= 0] = 1.0  # never seen in calibration: independent of all others
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise ValueError("the Hessian is not positive definite")
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed:
+        raise ValueError("the Hessian cannot be inverted")
+    return upper
+
+
+def _round_in_turn(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Codes (K, rows) of a weight (K, rows), features in the order given; all float64.
+
+    Rounding feature i leaves e = (w_i - w'_i) / U_ii, and every later feature j moves by -U_ij e. Features
+    inside a panel move at once, those behind it when the panel is done, which is the same sum.
+    """
+    weight, top = weight.clone(), float((1 << bits) - 1)
+    codes = torch.empty_like(weight)
+    for start in range(0, len(weight), _PANEL):
+        panel = slice(start, min(start + _PANEL, len(weight)))
+        errors = torch.empty_like(weight[panel])
+        for row in range(panel.start, panel.stop):
+            scale, zero = scales[row], zeros[row]
+            steps = (weight[row] / scale).round_().maximum(-zero).minimum(top - zero)
+            codes[row] = steps + zero
+            error = (weight[row] - steps * scale) / factor[row, row]
+            weight[row : panel.stop] -= factor[row, row : panel.stop, None] * error
+            errors[row - start] = error
+        weight[panel.stop :] -= factor[panel, panel.stop :].T @ errors
+    return codes
