@@ -61,14 +61,11 @@ def collect_input_moments(
     taken one at a time and nothing but the sums is kept. A layer that no window reaches is absent from the
     result.
     """
-    # The head is the largest product of a small language model and not among the layers watched.
-    takes_shortcut = "logits_to_keep" in inspect.signature(model.forward).parameters
-    shortcut = {"logits_to_keep": 1} if takes_shortcut else {}
     with watch_inputs(model, names) as moments, torch.no_grad():
         for window in tqdm(
             windows, desc="calibrate", unit="window", delay=2, leave=False, disable=not progress
         ):
-            model(**as_feed(window), **shortcut)
+            model(**as_feed(window), **shortcut(model))
     means = {name: moment.mean() for name, moment in moments.items()}
     return {name: mean for name, mean in means.items() if mean is not None}
 
@@ -78,6 +75,14 @@ def as_feed(window: Window) -> dict[str, Tensor]:
     if isinstance(window, Mapping):
         return {key: torch.as_tensor(value) for key, value in window.items()}
     return {"input_ids": torch.as_tensor(window)}
+
+
+def shortcut(model: nn.Module) -> dict[str, Any]:
+    """Arguments that spare the model work which calibration does not look at: most logits, and a cache."""
+    # The head is the largest product of a small language model and not among the layers watched.
+    spared = {"logits_to_keep": 1, "use_cache": False}
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in spared.items() if name in known}
 
 
 def _make_hook(moments: InputMoments) -> Any:

@@ -1,0 +1,191 @@
+"""Calibration block by block: what each layer sees once everything before it is quantized.
+
+    for block in stream(model, windows, names):
+        block.statistics["model.layers.0.mlp.up_proj"].hessian   # E[x x^T]
+        ...                                                       # replace layers of the block
+
+Most models are a few stacks of equal blocks. Each block runs alone on what the one before put out, so no more
+is held than one window's activations inside a block and the states between two blocks, whatever the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gemini.compress.calibrate import Window, as_feed, shortcut
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a layer's inputs are like: float64 (K, K) matrices over all windows.
+
+    ``hessian`` E[x x^T] of the inputs x it will have, with all blocks before it quantized. ``cross``
+    E[t x^T] with the inputs t of the model as it was, None where nothing before it has changed.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a stack, with the statistics of its layers; all names are those in the model."""
+
+    name: str
+    module: nn.Module
+    statistics: dict[str, Statistics]
+
+
+class _Moment:
+    """A running mean of ``a b^T`` over rows of activations, float64."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        # Products of one window in float32, sums over windows in float64.
+        product = (left.T @ right).double()
+        self.total = product if self.total is None else self.total.add_(product)
+        self.count += len(left)
+
+    def mean(self) -> Tensor | None:
+        return None if self.total is None else self.total / self.count
+
+
+def find_stacks(model: nn.Module, names: Collection[str]) -> list[tuple[str, nn.ModuleList]]:
+    """The outermost lists of two or more blocks of one class that hold any of the named layers, in order."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for path, module in model.named_modules():
+        blocks = list(module) if isinstance(module, nn.ModuleList) else []
+        if len(blocks) < 2 or any(type(block) is not type(blocks[0]) for block in blocks):
+            continue
+        inside = any(path.startswith(f"{outer}.") for outer, _ in found)
+        if not inside and any(name.startswith(f"{path}.") for name in names):
+            found.append((path, module))
+    return found
+
+
+def stream(
+    model: nn.Module, windows: Sequence[Window], names: Collection[str], *, progress: bool = True
+) -> Iterator[Block]:
+    """Each block of each stack in the order of execution, ready to have its layers replaced.
+
+    Between two blocks the changed one runs again, so that the next sees what it will really get. Named layers
+    outside of the stacks are in no block. A layer that no window reaches has no statistics.
+    """
+    stacks = find_stacks(model, names)
+    originals = [record_calls(model, stack, windows) for _, stack in stacks]
+    for number, (path, stack) in enumerate(stacks):
+        original = originals[number]
+        # What a decoder gets from its encoder has changed since.
+        calls = record_calls(model, stack, windows) if number else original
+        if any(len(each) != len(windows) for each in calls):
+            continue  # a block that is not called once a window is no link of a chain
+        states = [call.states for call in calls[0]]
+        targets = [call.states for call in original[0]]
+        for index, block in enumerate(
+            tqdm(stack, desc=f"calibrate {path}", unit="block", delay=2, leave=False, disable=not progress)
+        ):
+            prefix = f"{path}.{index}"
+            own = {
+                name: block.get_submodule(name.removeprefix(f"{prefix}."))
+                for name in names
+                if name.startswith(f"{prefix}.")
+            }
+            moments = {name: (_Moment(), _Moment()) for name in own}
+            for window, (call, intended) in enumerate(zip(calls[index], original[index], strict=True)):
+                same = states[window] is targets[window]
+                with _inputs(own) as wanted:
+                    following = intended.run(block, targets[window])
+                seen = wanted
+                if not same:
+                    with _inputs(own) as seen:
+                        call.run(block, states[window])
+                targets[window] = following
+                for name, inputs in seen.items():
+                    moments[name][0].add(inputs, inputs)
+                    if not same:
+                        moments[name][1].add(wanted[name], inputs)
+            statistics = {
+                name: Statistics(mean, cross.mean())
+                for name, (own_moment, cross) in moments.items()
+                if (mean := own_moment.mean()) is not None
+            }
+            yield Block(prefix, block, statistics)
+            states = [call.run(block, state) for call, state in zip(calls[index], states, strict=True)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a block was called: its states first, then what all calls need (masks, positions)."""
+
+    states: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None  # the name that states came under
+
+    def run(self, block: nn.Module, states: Tensor) -> Tensor:
+        """The block's own output for other states."""
+        with torch.no_grad():
+            named = {self.keyword: states} if self.keyword else {}
+            first = () if self.keyword else (states,)
+            made = block(*first, *self.args, **named, **self.kwargs)
+        return made[0] if isinstance(made, tuple) else made
+
+
+def record_calls(model: nn.Module, stack: nn.ModuleList, windows: Iterable[Window]) -> list[list[Call]]:
+    """Every call of every block, window by window; states are kept of the first block alone."""
+    calls: list[list[Call]] = [[] for _ in stack]
+
+    def recorder(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keyword = None if args else next(iter(kwargs))
+            states = kwargs[keyword] if keyword else args[0]
+            others = {key: value for key, value in kwargs.items() if key != keyword}
+            kept = states.detach().clone() if index == 0 else states[:0]
+            calls[index].append(Call(kept, args[1:], others, keyword))
+
+        return hook
+
+    handles = [
+        block.register_forward_pre_hook(recorder(index), with_kwargs=True)
+        for index, block in enumerate(stack)
+    ]
+    try:
+        with torch.no_grad():
+            for window in windows:
+                model(**as_feed(window), **shortcut(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@contextmanager
+def _inputs(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Inside, the inputs (rows, K) of the named layers are collected; outside they can be read."""
+    found: dict[str, Tensor] = {}
+
+    def collector(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            found[name] = x.detach().reshape(-1, x.shape[-1])
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(collector(name), with_kwargs=True) for name, layer in layers.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,144 @@
+"""Statistics block by block against hooks on whole models: as it was, and with what has changed so far."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from gemini.compress.stream import find_stacks, stream
+from gemini.model.gemini import GeminiConfig, GeminiForConditionalGeneration
+
+WINDOWS = [np.random.default_rng(seed).integers(3, 90, (1, 20)) for seed in range(3)]
+PAIRS = [{"input_ids": ids, "decoder_input_ids": ids[:, ::-1].copy()} for ids in WINDOWS]
+
+
+def llama() -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=96, num_attention_heads=2, num_key_value_heads=1, **sizes))
+
+
+def gemma() -> nn.Module:
+    """Local and global layers: blocks are called with different masks."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16}
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=96,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            **sizes,
+        )
+    )
+
+
+def bert() -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    return BertModel(BertConfig(vocab_size=96, num_attention_heads=2, **sizes))
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=3, n_head=2))
+
+
+def bart() -> nn.Module:
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    return BartForConditionalGeneration(BartConfig(vocab_size=96, d_model=32, **heads, **layers))
+
+
+def t5() -> nn.Module:
+    """The first block makes the position biases that all others get."""
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=96, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2)
+    )
+
+
+def own() -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    return GeminiForConditionalGeneration(GeminiConfig(vocab_size=96, image_channels=(4, 8, 16), **sizes))
+
+
+def linears(model: nn.Module) -> list[str]:
+    kinds = ("Linear", "Conv1D")
+    return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
+
+
+def inputs_of(model: nn.Module, name: str, windows: list) -> torch.Tensor:
+    """Rows (N, K) that a layer gets from whole runs of the model."""
+    rows: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].detach().flatten(0, -2))
+    )
+    with torch.no_grad():
+        for window in windows:
+            feed = window if isinstance(window, dict) else {"input_ids": window}
+            model(**{key: torch.as_tensor(value) for key, value in feed.items()})
+    handle.remove()
+    return torch.cat(rows).double()
+
+
+@pytest.mark.parametrize(
+    ("make", "windows", "stacks"),
+    [
+        (llama, WINDOWS, 1),
+        (gemma, WINDOWS, 1),
+        (bert, WINDOWS, 1),
+        (gpt2, WINDOWS, 1),
+        (bart, PAIRS, 2),
+        (t5, PAIRS, 2),
+        (own, PAIRS, 2),
+    ],
+)
+def test_a_block_sees_what_changed_before_it(make, windows, stacks):
+    torch.manual_seed(0)
+    model = make().eval()
+    before, names = copy.deepcopy(model), linears(model)
+    assert len(find_stacks(model, names)) == stacks
+    seen: list[str] = []
+    for number, block in enumerate(stream(model, windows, names, progress=False)):
+        assert block.statistics
+        for name, found in block.statistics.items():
+            x = inputs_of(model, name, windows)
+            # Products in float32, and the block runs alone instead of inside of the model.
+            torch.testing.assert_close(found.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+            t = inputs_of(before, name, windows)
+            if found.cross is None:
+                assert torch.allclose(t, x, atol=1e-6)
+            else:
+                torch.testing.assert_close(found.cross, t.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        assert number == 0 or any(item.cross is not None for item in block.statistics.values())
+        for name in block.statistics:
+            with torch.no_grad():
+                model.get_submodule(name).weight.mul_(0.9).add_(0.01)
+        seen += block.statistics
+    inside = [
+        name for name in names if any(f"{path}." in f"{name}." for path, _ in find_stacks(model, names))
+    ]
+    assert sorted(seen) == sorted(inside)
+
+
+def test_layers_that_are_not_named_are_left_out():
+    model = llama().eval()
+    blocks = list(stream(model, WINDOWS, ["model.layers.1.mlp.up_proj"], progress=False))
+    assert [list(block.statistics) for block in blocks] == [[], ["model.layers.1.mlp.up_proj"], []]
+
+
+def test_one_block_is_no_stack():
+    assert find_stacks(nn.ModuleDict({"a": nn.ModuleList([nn.Linear(2, 2)])}), ["a.0"]) == []
