@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         help="a Hugging Face folder with safetensors, a .gguf file, "
-        "or a catalog name (smollm2-135m, all-minilm-l6-v2)",
+        "or a catalog name (gemini-nano, smollm2-135m, all-minilm-l6-v2)",
     )
     parser.add_argument("--output", metavar="DIR", required=True, help="the bundle to write")
     parser.add_argument(

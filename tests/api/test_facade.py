@@ -1,11 +1,13 @@
 """`gemini.load_model`: the same answers as torch, and an error with a remedy for what does not exist."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import gemini
+from gemini.cli import main
 from gemini.errors import RequestError, UsageError
 from gemini.model.gemini import LABELS, caption_prompt, classify_prompt, continue_prompt
 
@@ -38,6 +40,13 @@ def test_a_text_is_continued_as_in_torch(model, reference):
     expected = in_torch(reference, continue_prompt("Once upon a time"))
     assert model.generate_text("Once upon a time", max_length=12) == "Once upon a time" + expected
     assert "".join(model.stream_text("Once upon a time", max_length=12)) == expected
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", continue_prompt("Once upon a time")])
+def test_the_command_line_puts_the_tasks_prefix_before_a_prompt(prompt, reference, gemini_bundle, capsys):
+    assert main(["run", str(gemini_bundle), "--prompt", prompt, "--max-new-tokens", "12", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["generation"]["text"]
+    assert found == in_torch(reference, continue_prompt("Once upon a time"))
 
 
 def test_sampling_options_reach_the_sampler(model):
