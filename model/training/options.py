@@ -35,7 +35,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """One task of the mixture: each ``every`` steps ``batch`` examples; their loss counts ``weight`` times.
+    """One task of the mixture: each ``every`` steps a batch, with ``weight`` times the learning rate.
 
     ``adversarial`` is the radius of the perturbation of FGM (0: off), ``noise`` the share of words dropped,
     swapped or misspelt in reviews, ``languages`` which of them to use. ``teacher`` is a file of soft labels

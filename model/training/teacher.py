@@ -4,8 +4,8 @@
 
 all-MiniLM-L6-v2 is frozen; a logistic regression over its states is fitted to the training split alone.
 What it then labels are texts made from that split (crops, mixtures, losses: the transfer set of Tang et al.,
-"Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", arXiv:1903.12136) and the words of
-its own vocabulary. A review itself is labelled by a regression that did not see it.
+"Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", arXiv:1903.12136) and words of its
+own vocabulary, as far as it is sure of them. A review itself is labelled by a regression that did not see it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from gemini.model.training.order import step_seed
 from gemini.model.training.state import write_atomically
 
 ENCODER = "all-minilm-l6-v2"
-VARIANTS = 10  # texts made from each review
+VARIANTS = 6  # texts made from each review
+SURE = 0.35  # how far from 1/2 the label of a bare word must be to be worth learning
 FOLDS = 5
 _SHORTEST_WORD = 3
 
@@ -48,20 +49,26 @@ def soft_labels(cache: Path, *, show: bool = False) -> tuple[list[dict[str, Any]
         for split in ("train", "valid")
     )
     reviews = [review.text for review in train]
-    made = [text for text in dict.fromkeys([*variants(reviews), *words(encoder.tokenizer)])]
-    made = [text for text in made if text not in set(reviews)]
-    known, asked, further = (
-        features(encoder, texts, show=show) for texts in (reviews, [review.text for review in valid], made)
+    bare = [f"It was {word}." for word in words(encoder.tokenizer)]
+    made = [text for text in dict.fromkeys(variants(reviews)) if text not in set(reviews)]
+    known, asked, further, single = (
+        features(encoder, texts, show=show)
+        for texts in (reviews, [review.text for review in valid], made, bare)
     )
     labels = [review.label for review in train]
     teacher = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
     held_out = cross_val_predict(teacher, known, labels, cv=FOLDS, method="predict_proba")[:, 1]
     teacher.fit(known, labels)
-    positive = np.concatenate([held_out, teacher.predict_proba(further)[:, 1]])
-    rows = [
-        {"text": text, "language": "en", "positive": round(float(share), 4)}
-        for text, share in zip([*reviews, *made], positive, strict=True)
+    labelled = [
+        *zip(reviews, held_out, strict=True),
+        *zip(made, teacher.predict_proba(further)[:, 1], strict=True),
+        *(
+            (text, share)
+            for text, share in zip(bare, teacher.predict_proba(single)[:, 1] if bare else (), strict=True)
+            if abs(share - 0.5) > SURE
+        ),
     ]
+    rows = [{"text": text, "language": "en", "positive": round(float(share), 4)} for text, share in labelled]
     return rows, 100 * float(teacher.score(asked, [review.label for review in valid]))
 
 
@@ -99,7 +106,7 @@ def features(
     """(N, 3 D): the mean states of the middle, the second third and the last layer."""
     model = encoder.model.eval()
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    result: NDArray[np.float32] | None = None
+    result: NDArray[np.float32] = np.empty((0, 0), np.float32)
     for start in tqdm(range(0, len(order), batch), desc="teacher", unit="batch", disable=not show):
         rows = order[start : start + batch]
         inputs = encoder.tokenizer(
@@ -109,10 +116,9 @@ def features(
         depth, mask = len(states) - 1, inputs["attention_mask"][..., None].float()
         means = [(states[at] * mask).sum(1) / mask.sum(1) for at in (depth, 2 * depth // 3, depth // 2)]
         part = torch.cat(means, dim=1).float().numpy()
-        if result is None:
+        if not len(result):
             result = np.empty((len(texts), part.shape[1]), np.float32)
         result[rows] = part
-    assert result is not None
     return result
 
 

@@ -105,6 +105,29 @@ def test_a_tower_of_other_widths_is_refused(options, cache, tmp_path):
         train(other, tmp_path / "out", cache)
 
 
+def test_a_task_with_small_gradients_learns_at_the_same_pace(options, cache, tmp_path, monkeypatch):
+    weights = {}
+    for scale in (1.0, 1e-2):
+        with torch.random.fork_rng(devices=[]):
+            run = loop._prepare(options, tmp_path / str(scale), cache, False)
+            whole = loop._loss
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    loop,
+                    "_loss",
+                    lambda run, task, batch, scale=scale, whole=whole: (
+                        whole(run, task, batch) * (scale if task.name == "classify" else 1)
+                    ),
+                )
+                loop.train_step(run, 0, 1e-3)
+            run.log.close()
+        weights[scale] = run.model.get_encoder().text.tokens.weight.detach().clone()
+        assert run.optimizers.keys() == options.tasks.keys()
+    # Adam's first step has the size of the learning rate in every weight that has a gradient at all.
+    changed = (weights[1.0] - weights[1e-2]).abs()
+    assert changed.mean() < 0.01 * 1e-3
+
+
 def test_a_folder_with_a_run_is_not_overwritten(finished, options, cache):
     with pytest.raises(UsageError, match="already holds a run"):
         train(options, finished[0], cache)
