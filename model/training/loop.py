@@ -6,7 +6,7 @@ A step takes one batch of each task in turn. Every task has moments of its own i
 "AdaTask", arXiv:2211.15055): where one optimizer saw the sum, the encoder's gradient from reviews was a
 sixteenth of that from drawings, and after 300 steps it had learnt nothing of them.
 
-Everything random in a step follows from (seed, step), so a run that is killed and resumed ends with the weights
+Everything random in a step follows from (seed, step): a run that is killed and resumed ends with the weights
 of an unbroken one, given the same number of threads.
 """
 
