@@ -15,7 +15,9 @@ EXAMPLE = "gemini-edge train nano --output runs/nano --minutes 60"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `train`."""
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="nano, tower, sketch, pretrain, caption, classify, or a FILE.toml"
+        "recipe",
+        metavar="RECIPE",
+        help="nano, reader, tower, sketch, pretrain, caption, classify, or a FILE.toml",
     )
     parser.add_argument("--output", metavar="DIR", required=True, help="the checkpoint to write")
     parser.add_argument("--cache", metavar="DIR", help="where `gemini-edge data` put the data")

@@ -2,12 +2,9 @@
 
     train(load_options("nano"), Path("out"), default_cache())
 
-A step takes one batch of each task in turn. Every task has moments of its own in AdamW (Yang et al.,
-"AdaTask", arXiv:2211.15055): where one optimizer saw the sum, the encoder's gradient from reviews was a
-sixteenth of that from drawings, and after 300 steps it had learnt nothing of them.
-
-Everything random in a step follows from (seed, step): a run that is killed and resumed ends with the weights
-of an unbroken one, given the same number of threads.
+A step sums the gradients of one batch of each task, then makes one step of AdamW. Everything random in a step
+follows from (seed, step), so a run that is killed and resumed ends with the weights of an unbroken one, given
+the same number of threads.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ class Run:
     tokenizer: Any
     model: Any
     wrapper: Any  # peft's, or None without LoRA
-    optimizers: dict[str, torch.optim.Optimizer]  # by task
+    optimizer: torch.optim.Optimizer
     average: RunningAverage
     tasks: list[Task]
     valid: Corpus
@@ -108,7 +105,7 @@ def _prepare(options: TrainingOptions, folder: Path, cache: Path, show: bool) ->
     corpus, valid = load_corpus(cache, "train", options.tasks), load_corpus(cache, "valid", options.tasks)
     recorded = json.dumps(options.to_dict(), indent=2, ensure_ascii=False)
     state.write_atomically(folder / "options.json", recorded.encode())
-    tokenizer = load_tokenizer(options, folder, corpus)
+    tokenizer = load_tokenizer(options, folder, cache)
     torch.manual_seed(options.seed)
     model = make_model(options, tokenizer, corpus.names)
     wrapper = None
@@ -118,9 +115,7 @@ def _prepare(options: TrainingOptions, folder: Path, cache: Path, show: bool) ->
     if options.freeze_tower:
         model.get_encoder().image.tower.requires_grad_(False)
     model.to(memory_format=torch.channels_last)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        name: make_optimizer(model, options.weight_decay) for name in options.tasks
-    }
+    optimizer = make_optimizer(model, options.weight_decay)
     average = RunningAverage(model, options.ema_decay)
     done = state.Progress()
     saved = state.finished_states(folder / "state")
@@ -128,15 +123,14 @@ def _prepare(options: TrainingOptions, folder: Path, cache: Path, show: bool) ->
         done, parts = state.load_state(saved[-1])
         state.copy_tensors(state.model_tensors(model), parts["model"])
         state.copy_tensors(average.tensors, parts["average"])
-        for name, optimizer in optimizers.items():
-            state.restore_optimizer(model, optimizer, parts[f"optimizer-{name}"])
+        state.restore_optimizer(model, optimizer, parts["optimizer"])
     return Run(
         options=options,
         folder=folder,
         tokenizer=tokenizer,
         model=model,
         wrapper=wrapper,
-        optimizers=optimizers,
+        optimizer=optimizer,
         average=average,
         tasks=build_tasks(tokenizer, _with_teacher(options, cache, show), corpus, train=True),
         valid=valid,
@@ -178,7 +172,7 @@ def _steps(run: Run) -> None:
 
 
 def train_step(run: Run, step: int, rate: float) -> dict[str, float]:
-    """A step of AdamW for each task whose turn it is; returns their losses."""
+    """One step of AdamW on the summed gradients of the tasks; returns each task's loss."""
     run.model.train()
     if run.options.freeze_tower:
         run.model.get_encoder().image.tower.eval()  # else batch norm would go on learning
@@ -189,18 +183,15 @@ def train_step(run: Run, step: int, rate: float) -> dict[str, float]:
             continue
         batch = task.batch(step // task.options.every)
         loss = _loss(run, task, batch)
-        loss.backward()
+        (task.options.weight * loss).backward()
         losses[task.name] = loss.item()
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip)
-        if not norm.isfinite():
-            raise RecipeError(
-                f"The gradient of {task.name} at step {step} is not finite.", "Lower `learning_rate`."
-            )
-        optimizer = run.optimizers[task.name]
-        for group in optimizer.param_groups:
-            group["lr"] = rate * task.options.weight
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip)
+    if not norm.isfinite():
+        raise RecipeError(f"The gradient at step {step} is not finite.", "Lower `learning_rate`.")
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     run.average.update(run.model, step)
     return losses
 
@@ -260,10 +251,7 @@ def _save(run: Run) -> None:
         {
             "model": state.model_tensors(run.model),
             "average": run.average.tensors,
-            **{
-                f"optimizer-{name}": state.optimizer_tensors(run.model, optimizer)
-                for name, optimizer in run.optimizers.items()
-            },
+            "optimizer": state.optimizer_tensors(run.model, run.optimizer),
         },
     )
 

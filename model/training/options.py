@@ -23,7 +23,7 @@ from typing import Any
 from gemini.errors import RecipeError
 from gemini.model.recipe_file import read_recipe
 
-BUILTIN = ("nano", "tower", "sketch", "pretrain", "caption", "classify")
+BUILTIN = ("nano", "reader", "tower", "sketch", "pretrain", "caption", "classify")
 HEADS = {  # and the tasks that each can learn
     "generation": ("caption", "continue", "denoise", "classify"),
     "classification": ("classify",),
@@ -35,7 +35,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """One task of the mixture: each ``every`` steps a batch, with ``weight`` times the learning rate.
+    """One task of the mixture: each ``every`` steps ``batch`` examples; their loss counts ``weight`` times.
 
     ``adversarial`` is the radius of the perturbation of FGM (0: off), ``noise`` the share of words dropped,
     swapped or misspelt in reviews, ``languages`` which of them to use. ``teacher`` is a file of soft labels

@@ -18,9 +18,10 @@ from gemini.model.gemini import (
     GeminiTokenizer,
     train_tokenizer,
 )
-from gemini.model.training.corpus import Corpus
-from gemini.model.training.options import TrainingOptions
+from gemini.model.training.corpus import load_corpus
+from gemini.model.training.options import HEADS, TrainingOptions
 
+TASKS = {task for tasks in HEADS.values() for task in tasks}
 _HEADS = {
     "generation": GeminiForConditionalGeneration,
     "classification": GeminiForSequenceClassification,
@@ -28,10 +29,11 @@ _HEADS = {
 }
 
 
-def load_tokenizer(options: TrainingOptions, folder: Path, corpus: Corpus) -> Any:
+def load_tokenizer(options: TrainingOptions, folder: Path, cache: Path) -> Any:
     """The tokenizer of the run resumed, of the checkpoint started from, or a new one; kept in ``folder``.
 
-    None where nothing is read.
+    A new one learns from all texts in the cache, whichever of them the recipe reads, so that later runs can
+    start from this one. None where nothing is read.
     """
     if options.head == "image-classification":
         return None
@@ -40,7 +42,7 @@ def load_tokenizer(options: TrainingOptions, folder: Path, corpus: Corpus) -> An
     if options.start and not _is_tower(options.start):
         tokenizer = GeminiTokenizer.from_pretrained(options.start, local_files_only=True)
     else:
-        tokenizer = train_tokenizer(corpus.all_texts(), options.vocabulary)
+        tokenizer = train_tokenizer(load_corpus(cache, "train", TASKS).all_texts(), options.vocabulary)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

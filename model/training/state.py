@@ -3,7 +3,7 @@
 OUTPUT/state/step-00000100/
     model.safetensors      parameters and buffers
     average.safetensors    their running average
-    optimizer-TASK.safetensors  the two moments and the step count of every parameter that the task trains
+    optimizer.safetensors  the two moments and the step count of every trained parameter
     state.json             what else the loop counts
 
 A folder is written under another name, flushed to the disk, then renamed, which is atomic. No random state is

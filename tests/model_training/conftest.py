@@ -90,8 +90,8 @@ def corpus(cache: Path, options: TrainingOptions) -> Corpus:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory, options: TrainingOptions, corpus: Corpus):
-    return load_tokenizer(options, tmp_path_factory.mktemp("tokenizer"), corpus)
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, options: TrainingOptions, cache: Path):
+    return load_tokenizer(options, tmp_path_factory.mktemp("tokenizer"), cache)
 
 
 @pytest.fixture
