@@ -83,7 +83,7 @@ def test_the_findings_of_this_machine_are_complete_json(capsys: pytest.CaptureFi
     assert facts["threads"]["usable"] >= 1
     assert "CPUExecutionProvider" in facts["providers"]
     assert facts["host"]["packages"]["onnxruntime"]
-    assert {"", "compress", "train", "dev"} <= set(facts["missing"])
+    assert {"", "chat", "compress", "report", "dev"} <= set(facts["missing"])
 
 
 def test_two_wheels_are_reported_as_a_problem(
