@@ -54,7 +54,7 @@ class Model:
     def stream_text(self, prompt: str, max_length: int = 100, **options: Unpack[OptionArgs]) -> Iterator[str]:
         """What :meth:`generate_text` adds to the prompt, piece by piece as it is written."""
         session = self._able("write text", TextGenerator, Seq2SeqGenerator)
-        source = self._prefixes.get("text2text-generation", "") + prompt
+        source = session.prefixed(prompt) if isinstance(session, Seq2SeqGenerator) else prompt
         pieces: Iterator[str] = session.stream(source, **{"max_new_tokens": max_length, **options})
         return pieces
 

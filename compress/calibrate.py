@@ -1,18 +1,19 @@
 """Calibration: run text (or feeds) through the model and note how large each input feature of each layer is.
 
-This file is the only place in compress/ that puts hooks on a model, and it removes them whatever happens.
+Hooks come off again whatever happens. `gemini.compress.stream` does the same block by block.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 Window: TypeAlias = np.ndarray | Tensor | Mapping[str, Any]
@@ -41,12 +42,23 @@ class InputMoments:
 def watch_inputs(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, InputMoments]]:
     """Inside the block, every call of the named modules adds its input to the moments that are handed out."""
     moments = {name: InputMoments() for name in names}
-    handles = []
-    try:
-        for name in names:
-            hook = _make_hook(moments[name])
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+    layers = {name: model.get_submodule(name) for name in names}
+    with each_input(layers, lambda name, x: moments[name].add(x)):
         yield moments
+
+
+@contextmanager
+def each_input(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside the block, every call of a layer hands its name and its first input to ``take``."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, args, kwargs: take(name, args[0] if args else next(iter(kwargs.values())))
+
+    handles: list[RemovableHandle] = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -83,10 +95,3 @@ def shortcut(model: nn.Module) -> dict[str, Any]:
     spared = {"logits_to_keep": 1, "use_cache": False}
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in spared.items() if name in known}
-
-
-def _make_hook(moments: InputMoments) -> Any:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        moments.add(args[0] if args else next(iter(kwargs.values())))
-
-    return hook

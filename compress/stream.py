@@ -11,15 +11,16 @@ is held than one window's activations inside a block and the states between two 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gemini.compress.calibrate import Window, as_feed, shortcut
+from gemini.compress.calibrate import Window, as_feed, each_input, shortcut
+
+Rows: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,8 @@ def stream(
             moments = {name: (_Moment(), _Moment()) for name in own}
             for window, (call, intended) in enumerate(zip(calls[index], original[index], strict=True)):
                 same = states[window] is targets[window]
-                with _inputs(own) as wanted:
-                    following = intended.run(block, targets[window])
-                seen = wanted
-                if not same:
-                    with _inputs(own) as seen:
-                        call.run(block, states[window])
-                targets[window] = following
+                targets[window], wanted = _inputs(block, intended, targets[window], own)
+                seen = wanted if same else _inputs(block, call, states[window], own)[1]
                 for name, inputs in seen.items():
                     moments[name][0].add(inputs, inputs)
                     if not same:
@@ -169,23 +165,14 @@ def record_calls(model: nn.Module, stack: nn.ModuleList, windows: Iterable[Windo
     return calls
 
 
-@contextmanager
-def _inputs(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Inside, the inputs (rows, K) of the named layers are collected; outside they can be read."""
-    found: dict[str, Tensor] = {}
+def _inputs(
+    block: nn.Module, call: Call, states: Tensor, layers: dict[str, nn.Module]
+) -> tuple[Tensor, Rows]:
+    """What the block puts out for these states, and the inputs (rows, K) that its layers get meanwhile."""
+    rows: Rows = {}
 
-    def collector(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            found[name] = x.detach().reshape(-1, x.shape[-1])
+    def take(name: str, x: Tensor) -> None:
+        rows[name] = x.detach().reshape(-1, x.shape[-1])
 
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(collector(name), with_kwargs=True) for name, layer in layers.items()
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with each_input(layers, take):
+        return call.run(block, states), rows

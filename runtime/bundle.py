@@ -47,6 +47,12 @@ class Bundle:
             raise damaged(f"{name} is not listed in the manifest")
         return safe_member(self.path, name)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Size on disk of the graphs and their weights."""
+        files = self.manifest.files
+        return sum(files[name].size for name in files if name.endswith((".onnx", ".onnx.data")))
+
     def graph(self, key: str) -> Path:
         """The path of the graph ``key`` ("decoder", "encoder" or "vision")."""
         return self.file(self.manifest.graphs[key])

@@ -10,6 +10,7 @@ arrays, so a step writes a few integers, runs, and reads its logits in place.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -172,3 +173,24 @@ class Decoder:
         if self._suppressed:
             logits[:, self._suppressed] = -np.inf
         return logits
+
+
+class LiveDecoders:
+    """The batches in flight of a session; one that nobody holds any more drops out by itself."""
+
+    def __init__(self) -> None:
+        self._held: weakref.WeakSet[Decoder] = weakref.WeakSet()
+
+    def add(self, decoder: Decoder) -> None:
+        """Count a batch in until it is gone."""
+        self._held.add(decoder)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of all batches together: "kv_cache" and "buffers"."""
+        parts = [decoder.memory() for decoder in self._held]
+        return {name: sum(part[name] for part in parts) for name in ("kv_cache", "buffers")}
+
+    def close(self) -> None:
+        """Free the caches."""
+        for decoder in list(self._held):
+            decoder.close()

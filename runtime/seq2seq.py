@@ -10,7 +10,6 @@ which stay where they are while the decoder runs token by token.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Unpack
@@ -23,7 +22,7 @@ from gemini.errors import RequestError
 from gemini.runtime import kv
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.checks import check_encoder, check_graph, checked_rows, cross_names
-from gemini.runtime.decoder import Decoder
+from gemini.runtime.decoder import Decoder, LiveDecoders
 from gemini.runtime.fields import damaged
 from gemini.runtime.generate import OnToken, generate_tokens, new_token_limit
 from gemini.runtime.options import GenerationOptions, OptionArgs, make_options
@@ -34,6 +33,7 @@ from gemini.runtime.tokenizer import TextTokenizer
 from gemini.runtime.transcript import Generation, Transcript, pieces
 from gemini.runtime.vision import Preprocessing, parse_preprocessing, preprocess_images
 
+TEXT = "text2text-generation"  # the task whose prefix a prompt gets
 CAPTION = "image-to-text"  # the task whose prefix an image without text gets
 
 
@@ -64,7 +64,7 @@ class Seq2SeqGenerator:
             make_options(info.defaults, {})
         except RequestError as error:
             raise damaged(f"a generation default is impossible: {error.cause}") from error
-        self._live: weakref.WeakSet[Decoder] = weakref.WeakSet()
+        self._live = LiveDecoders()
 
     @property
     def takes_text(self) -> bool:
@@ -116,6 +116,12 @@ class Seq2SeqGenerator:
     ) -> list[list[int]]:
         """New token ids (the end token included) for sources of token ids and pixels (B, C, H, W)."""
         return self._run(sources, pixel_values, options or self._options({}), on_token)[0]
+
+    def prefixed(self, prompt: str) -> str:
+        """The prompt behind what the model's text task begins with, unless it names a task itself."""
+        prefixes = self.bundle.manifest.generation.prefixes
+        named = any(prompt.startswith(prefix) for prefix in prefixes.values())
+        return prompt if named else prefixes.get(TEXT, "") + prompt
 
     def preprocess(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """pixel_values float32 (n, C, H, W) from paths, bytes, PIL images or uint8 arrays (H, W, 3)."""
@@ -178,18 +184,11 @@ class Seq2SeqGenerator:
 
     def memory(self) -> dict[str, int]:
         """Bytes: "weights" on disk, and "kv_cache" and "buffers" of all batches in flight."""
-        held = [decoder.memory() for decoder in self._live]
-        files = self.bundle.manifest.files
-        return {
-            "weights": sum(files[name].size for name in files if name.endswith((".onnx", ".onnx.data"))),
-            "kv_cache": sum(part["kv_cache"] for part in held),
-            "buffers": sum(part["buffers"] for part in held),
-        }
+        return {"weights": self.bundle.weight_bytes, **self._live.memory()}
 
     def close(self) -> None:
         """Free the caches. The session itself is freed with the object."""
-        for decoder in list(self._live):
-            decoder.close()
+        self._live.close()
 
     def _run(
         self,

@@ -7,7 +7,6 @@ for piece in generator.stream("Tell me a joke.", chat=True): print(piece, end=""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,7 +19,7 @@ from gemini.errors import RequestError
 from gemini.runtime import chat as chats
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.checks import check_graph, checked_rows
-from gemini.runtime.decoder import Decoder
+from gemini.runtime.decoder import Decoder, LiveDecoders
 from gemini.runtime.fields import damaged
 from gemini.runtime.generate import OnToken, generate_tokens, new_token_limit
 from gemini.runtime.options import GenerationOptions, OptionArgs, make_options
@@ -52,7 +51,7 @@ class TextGenerator:
             make_options(bundle.manifest.generation.defaults, {})
         except RequestError as error:
             raise damaged(f"a generation default is impossible: {error.cause}") from error
-        self._live: weakref.WeakSet[Decoder] = weakref.WeakSet()
+        self._live = LiveDecoders()
         self._benchmark: Decoder | None = None
 
     def generate(
@@ -126,18 +125,11 @@ class TextGenerator:
 
     def memory(self) -> dict[str, int]:
         """Bytes: "weights" on disk, and "kv_cache" and "buffers" of all batches in flight."""
-        held = [decoder.memory() for decoder in self._live]
-        files = self.bundle.manifest.files
-        return {
-            "weights": sum(files[name].size for name in files if name.endswith((".onnx", ".onnx.data"))),
-            "kv_cache": sum(part["kv_cache"] for part in held),
-            "buffers": sum(part["buffers"] for part in held),
-        }
+        return {"weights": self.bundle.weight_bytes, **self._live.memory()}
 
     def close(self) -> None:
         """Free the caches. The session itself is freed with the object."""
-        for decoder in list(self._live):
-            decoder.close()
+        self._live.close()
         self._benchmark = None
 
     def _run(

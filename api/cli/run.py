@@ -133,20 +133,12 @@ def _generate(session: TextGenerator, prompt: str, args: argparse.Namespace) -> 
     return result | {"text": _print(session.stream(prompt, chat=args.chat, **_options(args)))}
 
 
-def _with_prefix(session: Seq2SeqGenerator, prompt: str) -> str:
-    """What the model's own task begins with, in front of the prompt, unless that names a task itself."""
-    manifest = session.bundle.manifest
-    prefixes = manifest.generation.prefixes
-    named = any(prompt.startswith(prefix) for prefix in prefixes.values())
-    return prompt if named else prefixes.get(manifest.task, "") + prompt
-
-
 def _answer(session: Seq2SeqGenerator, prompt: str | None, args: argparse.Namespace) -> dict[str, Any]:
     """Stream the answer to one source; several images are answered one a line."""
     if args.chat:
         raise UsageError("This model holds no conversations.", "Leave --chat out.")
     images: list[str] = args.image or []
-    prompt = _with_prefix(session, prompt) if prompt is not None and not images else prompt
+    prompt = session.prefixed(prompt) if prompt is not None and not images else prompt
     result = {"task": session.bundle.manifest.task, "prompt": prompt, "images": images}
     if len(images) > 1:
         answers = session.generate(prompt, images, **_options(args))

@@ -25,6 +25,7 @@ __all__ = [
     "Drawings",
     "Review",
     "default_cache",
+    "drawing_names",
     "load_drawings",
     "load_sentiment",
     "load_stories",
@@ -60,6 +61,11 @@ def default_cache() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemini-edge" / "data"
+
+
+def drawing_names(cache: Path, split: str) -> list[tuple[str, str]]:
+    """(English, Chinese) names of the drawings of a split, without reading their pixels."""
+    return [(row["en"], row["zh"]) for row in _lines(cache, "drawings.jsonl") if row["split"] == split]
 
 
 def load_drawings(cache: Path, split: str) -> Drawings:

@@ -40,9 +40,7 @@ def shrink(pixels: Tensor, side: int) -> Tensor:
     """Drawings (B, H, W, 4) uint8 with ``side`` pixels along a side, each the mean of those it stands for."""
     if pixels.shape[1] == side:
         return pixels
-    image = pixels.permute(0, 3, 1, 2).float() / 255
-    alpha = image[:, 3:]
-    image = F.interpolate(torch.cat([image[:, :3] * alpha, alpha], dim=1), size=(side, side), mode="area")
+    image = F.interpolate(torch.cat(_premultiplied(pixels), dim=1), size=(side, side), mode="area")
     colour, alpha = image[:, :3], image[:, 3:]
     straight = torch.cat([colour / alpha.clamp_min(1e-6), alpha], dim=1)
     return (straight.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
@@ -60,18 +58,30 @@ def draw(pixels: Tensor, generator: torch.Generator, train: bool, flip: Tensor) 
     Returns:
         (B, 3, H, W) float32, (x / 255 - 0.5) / 0.5.
     """
-    image = pixels.permute(0, 3, 1, 2).float() / 255
-    alpha = image[:, 3:]
-    # Premultiplied, so that what is interpolated at an edge is not mixed with the colour of clear pixels.
-    colour = image[:, :3] * alpha
     if not train:
-        return _normalized(colour + 1 - alpha)
+        return on_white(pixels)
+    colour, alpha = _premultiplied(pixels)
     colour = _jitter(colour, alpha, generator)
     moved = _move(torch.cat([colour, alpha], dim=1), flip, generator)
     colour, alpha = moved[:, :3], moved[:, 3:]
     composed = colour + (1 - alpha) * _backgrounds(pixels.shape[:3], generator)
     composed = _restyle(composed, moved, generator)
     return _normalized(_degrade(composed, generator))
+
+
+def on_white(pixels: Tensor) -> Tensor:
+    """What `draw` makes of the same pixels without training: nothing about it is random."""
+    colour, alpha = _premultiplied(pixels)
+    return _normalized(colour + 1 - alpha)
+
+
+def _premultiplied(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Colour times alpha (B, 3, H, W) and alpha (B, 1, H, W) of uint8 pixels (B, H, W, 4).
+
+    What is interpolated at an edge is then not mixed with the colour of clear pixels.
+    """
+    image = pixels.permute(0, 3, 1, 2).float() / 255
+    return image[:, :3] * image[:, 3:], image[:, 3:]
 
 
 def _normalized(image: Tensor) -> Tensor:

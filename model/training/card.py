@@ -70,9 +70,10 @@ def model_card(folder: Path, cache: Path) -> str:
 
 def _stages(folder: Path, summary: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """The runs that led to this one, earliest first, and this one."""
-    before = summary["recipe"].get("first", "")
-    path = folder / before / "training.json"
-    if before and path.is_file():
+    recipe = summary["recipe"]
+    # The folder is called as the recipe calls itself, which need not be how it was named.
+    path = folder / Path(recipe.get("start") or recipe.get("first", "")).name / "training.json"
+    if recipe.get("first") and path.is_file():
         yield from _stages(path.parent, _read(path))
     yield summary["recipe"]["name"], summary
 

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from gemini.model.data import Drawings, Review, load_drawings, load_sentiment, load_stories, load_texts
+from gemini.model.data import (
+    Drawings,
+    Review,
+    drawing_names,
+    load_drawings,
+    load_sentiment,
+    load_stories,
+    load_texts,
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +32,21 @@ class Corpus:
     texts: Sequence[str] = ()
     names: Sequence[str] = ()
 
-    def all_texts(self) -> list[str]:
-        """Everything to train a tokenizer on."""
-        names = [*self.drawings.en, *self.drawings.zh]
-        return [*self.stories, *self.texts, *(review.text for review in self.reviews), *names]
-
 
 NO_DRAWINGS = Drawings(np.empty((0, 64, 64, 4), np.uint8), (), (), (), ())
+
+
+def all_texts(cache: Path) -> list[str]:
+    """Everything to train a tokenizer on: stories, other texts, reviews and names of the training split."""
+    corpus = load_corpus(cache, "train", ["continue", "denoise", "classify"])
+    names = drawing_names(cache, "train")
+    return [
+        *corpus.stories,
+        *corpus.texts,
+        *(review.text for review in corpus.reviews),
+        *(en for en, _ in names),
+        *(zh for _, zh in names),
+    ]
 
 
 def load_corpus(cache: Path, split: str, tasks: Collection[str]) -> Corpus:
@@ -45,5 +61,5 @@ def load_corpus(cache: Path, split: str, tasks: Collection[str]) -> Corpus:
         reviews=load_sentiment(cache, split) if {"classify", "denoise"} & set(tasks) else (),
         stories=load_stories(cache, split) if stories else (),
         texts=load_texts(cache, split) if prose else (),
-        names=sorted(set(load_drawings(cache, "train").en)) if "name" in tasks else (),
+        names=sorted({en for en, _ in drawing_names(cache, "train")}) if "name" in tasks else (),
     )

@@ -56,8 +56,7 @@ def judge_captions(
     chosen = spread(len(drawings.en), limit)
     if not chosen:
         return {}
-    raw = torch.from_numpy(drawings.pixels[chosen])
-    pixels = augment.draw(raw, torch.Generator(), train=False, flip=torch.zeros(len(raw), dtype=torch.bool))
+    pixels = augment.on_white(torch.from_numpy(drawings.pixels[chosen]))
     scores: dict[str, float] = {}
     for language, names in (("en", drawings.en), ("zh", drawings.zh)):
         found = captions(model, tokenizer, pixels, language)
@@ -112,8 +111,7 @@ def judge_sentiment(
 @torch.inference_mode()
 def name_accuracy(model: Any, task: NameTask, *, batch: int = 100) -> float:
     """Percent of a split's drawings whose class comes first."""
-    still = torch.zeros(len(task.labels), dtype=torch.bool)
-    pixels = augment.draw(task.pixels, torch.Generator(), train=False, flip=still)
+    pixels = augment.on_white(task.pixels)
     found = torch.cat([model(pixel_values=part).logits.argmax(1) for part in pixels.split(batch)])
     return 100 * (found == task.labels).float().mean().item()
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from gemini.model.data.bias import count_bias
 from gemini.model.training import evaluate
 from gemini.model.training.corpus import Corpus, load_corpus
-from gemini.model.training.losses import classification_loss, generation_loss
+from gemini.model.training.losses import loss_of
 from gemini.model.training.options import TrainingOptions
 from gemini.model.training.tasks import Task, build_tasks
 
@@ -40,7 +38,7 @@ def judge(
 
     Captions, losses and stories are the first model's; on sentiment all models vote.
     """
-    compute: Callable[..., Tensor] = generation_loss if options.head == "generation" else classification_loss
+    compute = loss_of(options.head)
     figures: Figures = {}
     for task in tasks:
         loss = evaluate.mean_loss(models[0], task, compute, batches=batches)

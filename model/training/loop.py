@@ -29,7 +29,7 @@ from gemini.model.training.corpus import Corpus, load_corpus
 from gemini.model.training.judge import judge, judge_result
 from gemini.model.training.log import Log
 from gemini.model.training.lora import add_lora, merge_lora
-from gemini.model.training.losses import classification_loss, generation_loss, make_optimizer
+from gemini.model.training.losses import loss_of, make_optimizer
 from gemini.model.training.options import TrainingOptions, load_options
 from gemini.model.training.order import step_seed
 from gemini.model.training.schedule import learning_rate_factor, progress
@@ -60,12 +60,13 @@ def train(
     options: TrainingOptions, folder: Path, cache: Path, *, resume: bool = False, show: bool = False
 ) -> dict[str, Any]:
     """Train, save a Hugging Face folder, judge it on the test split; returns what training.json says."""
-    chained = bool(options.first and not options.start)
-    own_share = 1 - options.first_share if chained else 1
-    before_minutes = options.minutes * options.first_share
-    options = _recorded_options(folder, replace(options, minutes=options.minutes * own_share), resume)
+    before = 0.0  # minutes
     if options.first and not options.start:
-        options = _after_first(options, before_minutes, folder, cache, show)
+        before = options.minutes * options.first_share
+        options = replace(options, minutes=options.minutes - before)
+    options = _recorded_options(folder, options, resume)
+    if options.first and not options.start:  # a resumed run has recorded what it started from
+        options = _after_first(options, before, folder, cache, show)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are his
         run = _prepare(options, folder, cache, show)
         try:
@@ -198,7 +199,7 @@ def train_step(run: Run, step: int, rate: float) -> dict[str, float]:
 
 def _loss(run: Run, task: Task, batch: Batch) -> Tensor:
     """The loss of a batch; with FGM the mean of the clean loss and the one under attack."""
-    compute = generation_loss if run.options.head == "generation" else classification_loss
+    compute = loss_of(run.options.head)
 
     def loss() -> Tensor:
         with bf16_where_native():

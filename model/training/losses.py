@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def classification_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> Ten
     """Mean cross-entropy over the labels, int64 (B,) or, when distilled, probabilities (B, classes)."""
     logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
     return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing)
+
+
+def loss_of(head: str) -> Callable[..., Tensor]:
+    """The loss (model, batch, smoothing) of a recipe's head."""
+    return generation_loss if head == "generation" else classification_loss
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:

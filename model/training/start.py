@@ -18,10 +18,9 @@ from gemini.model.gemini import (
     GeminiTokenizer,
     train_tokenizer,
 )
-from gemini.model.training.corpus import load_corpus
-from gemini.model.training.options import HEADS, TrainingOptions
+from gemini.model.training.corpus import all_texts
+from gemini.model.training.options import TrainingOptions
 
-TASKS = {task for tasks in HEADS.values() for task in tasks}
 _HEADS = {
     "generation": GeminiForConditionalGeneration,
     "classification": GeminiForSequenceClassification,
@@ -42,7 +41,7 @@ def load_tokenizer(options: TrainingOptions, folder: Path, cache: Path) -> Any:
     if options.start and not _is_tower(options.start):
         tokenizer = GeminiTokenizer.from_pretrained(options.start, local_files_only=True)
     else:
-        tokenizer = train_tokenizer(load_corpus(cache, "train", TASKS).all_texts(), options.vocabulary)
+        tokenizer = train_tokenizer(all_texts(cache), options.vocabulary)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

@@ -126,20 +126,19 @@ def ensure_teacher(cache: Path, *, show: bool = False) -> Path:
     """The file of soft labels beside the data; made when there is none, which takes minutes."""
     path = cache / f"teacher-{ENCODER}.jsonl"
     if not path.exists():
-        rows, _ = soft_labels(cache, show=show)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_labels(path, cache, show=show)
     return path
 
 
-def main(cache: Path, output: Path) -> None:
-    """Write the soft labels and print how good the teacher is."""
-    rows, accuracy = soft_labels(cache, show=True)
-    write_atomically(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    print(json.dumps({"texts": len(rows), "valid_accuracy": accuracy}))
+def write_labels(path: Path, cache: Path, *, show: bool = False) -> dict[str, float]:
+    """Make the file of soft labels; how many texts it has, and the teacher's percent right on valid."""
+    rows, accuracy = soft_labels(cache, show=show)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return {"texts": len(rows), "valid_accuracy": accuracy}
 
 
 if __name__ == "__main__":
     from gemini.model.offline import import_transformers
 
     import_transformers()
-    main(*map(Path, sys.argv[1:3]))
+    print(json.dumps(write_labels(Path(sys.argv[2]), Path(sys.argv[1]), show=True)))
