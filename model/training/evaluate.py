@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,7 +112,7 @@ def judge_sentiment(
 @torch.inference_mode()
 def name_accuracy(model: Any, task: NameTask, *, batch: int = 100) -> float:
     """Percent of a split's drawings whose class comes first."""
-    pixels = augment.on_white(task.pixels)
+    pixels = task.pictures.draw(task.known, np.random.default_rng(0), train=False)
     found = torch.cat([model(pixel_values=part).logits.argmax(1) for part in pixels.split(batch)])
     return 100 * (found == task.labels).float().mean().item()
 

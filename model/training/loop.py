@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gemini.errors import RecipeError, UsageError
+from gemini.model.data.redraw import ensure_redrawn
 from gemini.model.training import state
 from gemini.model.training.adversarial import adversarial_loss
 from gemini.model.training.average import RunningAverage
@@ -34,8 +35,9 @@ from gemini.model.training.options import TrainingOptions, load_options
 from gemini.model.training.order import step_seed
 from gemini.model.training.schedule import learning_rate_factor, progress
 from gemini.model.training.start import load_tokenizer, make_model, save_final
+from gemini.model.training.states import ENCODER, ensure_states
 from gemini.model.training.tasks import Batch, Task, build_tasks
-from gemini.model.training.teacher import ENCODER, ensure_teacher
+from gemini.model.training.teacher import ensure_labels
 
 
 @dataclass
@@ -103,12 +105,17 @@ def _recorded_options(folder: Path, options: TrainingOptions, resume: bool) -> T
 
 
 def _prepare(options: TrainingOptions, folder: Path, cache: Path, show: bool) -> Run:
+    if "mimic" in options.tasks:
+        ensure_states(cache, show=show)
     corpus, valid = load_corpus(cache, "train", options.tasks), load_corpus(cache, "valid", options.tasks)
+    redraws = max(task.redraws for task in options.tasks.values())
+    if redraws:
+        corpus = replace(corpus, redrawn=ensure_redrawn(cache, "train", redraws, show=show))
     recorded = json.dumps(options.to_dict(), indent=2, ensure_ascii=False)
     state.write_atomically(folder / "options.json", recorded.encode())
     tokenizer = load_tokenizer(options, folder, cache)
     torch.manual_seed(options.seed)
-    model = make_model(options, tokenizer, corpus.names)
+    model = make_model(options, tokenizer, corpus)
     wrapper = None
     if options.lora_rank:
         heads = ("classifier",) if options.head != "generation" else ()
@@ -144,9 +151,7 @@ def _prepare(options: TrainingOptions, folder: Path, cache: Path, show: bool) ->
 def _with_teacher(options: TrainingOptions, cache: Path, show: bool) -> TrainingOptions:
     """The options with the file of soft labels in place of the teacher's name."""
     tasks = {
-        name: replace(task, teacher=str(ensure_teacher(cache, show=show)))
-        if task.teacher == ENCODER
-        else task
+        name: replace(task, teacher=str(ensure_labels(cache, show=show))) if task.teacher == ENCODER else task
         for name, task in options.tasks.items()
     }
     return replace(options, tasks=tasks)

@@ -36,9 +36,15 @@ def classification_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> Ten
     return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing)
 
 
+def regression_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """Mean squared error over the labels, float32 (B, outputs)."""
+    logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+    return F.mse_loss(logits.float(), batch["labels"])
+
+
 def loss_of(head: str) -> Callable[..., Tensor]:
     """The loss (model, batch, smoothing) of a recipe's head."""
-    return generation_loss if head == "generation" else classification_loss
+    return {"generation": generation_loss, "regression": regression_loss}.get(head, classification_loss)
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:

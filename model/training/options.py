@@ -23,10 +23,11 @@ from typing import Any
 from gemini.errors import RecipeError
 from gemini.model.recipe_file import read_recipe
 
-BUILTIN = ("nano", "reader", "tower", "sketch", "pretrain", "caption", "classify")
+BUILTIN = ("nano", "reader", "mimic", "tower", "sketch", "pretrain", "caption", "classify")
 HEADS = {  # and the tasks that each can learn
     "generation": ("caption", "continue", "denoise", "classify"),
     "classification": ("classify",),
+    "regression": ("mimic",),
     "image-classification": ("name",),
 }
 FUSIONS = ("early", "late", "hybrid")
@@ -41,7 +42,8 @@ class TaskOptions:
     swapped or misspelt in reviews, ``languages`` which of them to use. ``teacher`` is a file of soft labels
     (see ``tasks.read_teacher``), or all-minilm-l6-v2 to have it made (`gemini.model.training.teacher`). In
     targets of reviews they have the weight ``teacher_share``; the file's other texts are learnt too. Drawings
-    are shown with ``pixels`` along a side (0: as they are).
+    are shown with ``pixels`` along a side (0: as they are); in training they are redrawn ``redraws`` times
+    beforehand (`gemini.model.data.redraw`).
     """
 
     batch: int
@@ -54,6 +56,7 @@ class TaskOptions:
     teacher: str = ""
     teacher_share: float = 0.5
     pixels: int = 0
+    redraws: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "languages", tuple(self.languages))
@@ -65,6 +68,7 @@ class TaskOptions:
         _check_range("noise", self.noise, 0, 0.9)
         _check_range("teacher_share", self.teacher_share, 0, 1)
         _check_range("pixels", self.pixels, 0, 64)
+        _check_range("redraws", self.redraws, 0, 1000)
         if not self.languages or not set(self.languages) <= {"en", "zh"}:
             raise RecipeError(
                 f"`languages` is {list(self.languages)}.", 'Write ["en"], ["zh"] or ["en", "zh"].'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from gemini.model.gemini import (
     GeminiTokenizer,
     train_tokenizer,
 )
-from gemini.model.training.corpus import all_texts
+from gemini.model.training.corpus import Corpus, all_texts
 from gemini.model.training.options import TrainingOptions
 
 _HEADS = {
     "generation": GeminiForConditionalGeneration,
     "classification": GeminiForSequenceClassification,
+    "regression": GeminiForSequenceClassification,
     "image-classification": GeminiForImageClassification,
 }
 
@@ -46,21 +46,24 @@ def load_tokenizer(options: TrainingOptions, folder: Path, cache: Path) -> Any:
     return tokenizer
 
 
-def make_model(options: TrainingOptions, tokenizer: Any, names: Sequence[str] = ()) -> Any:
+def make_model(options: TrainingOptions, tokenizer: Any, corpus: Corpus) -> Any:
     """A model of the recipe's size with random weights, or the checkpoint's with the recipe's head.
 
-    Of a checkpoint that classifies images only the convolutional tower is taken. ``names`` are the classes of
-    an image.
+    Of a checkpoint that classifies images only the convolutional tower is taken.
     """
     head = _HEADS[options.head]
-    classes = {"generation": (), "classification": tuple(LABELS), "image-classification": names}[options.head]
-    labels: dict[str, Any] = {}
-    if classes:
-        numbered = dict(enumerate(classes))
-        labels = {"id2label": numbered, "label2id": {name: index for index, name in numbered.items()}}
+    labels = _outputs(options.head, corpus)
     from_tower = bool(options.start) and _is_tower(options.start)
     if options.start and from_tower == (options.head == "image-classification"):
-        return head.from_pretrained(options.start, local_files_only=True, **labels)
+        # What the head before told apart may be something else: then it starts anew.
+        config = GeminiConfig.from_pretrained(options.start, local_files_only=True, **labels)
+        before = GeminiConfig.from_pretrained(options.start, local_files_only=True)
+        return head.from_pretrained(
+            options.start,
+            config=config,
+            local_files_only=True,
+            ignore_mismatched_sizes=config.num_labels != before.num_labels,
+        )
     vocabulary = {}
     if tokenizer is not None:
         vocabulary = {
@@ -76,6 +79,21 @@ def make_model(options: TrainingOptions, tokenizer: Any, names: Sequence[str] = 
     if from_tower:
         _copy_tower(model, options.start)
     return model
+
+
+def _outputs(head: str, corpus: Corpus) -> dict[str, Any]:
+    """What a head tells apart, as fields of the configuration."""
+    if head == "regression":
+        return {"num_labels": corpus.thoughts[1].shape[1], "problem_type": "regression"}
+    classes = {"classification": tuple(LABELS), "image-classification": corpus.names}.get(head)
+    if classes is None:
+        return {}
+    numbered = dict(enumerate(classes))
+    return {
+        "id2label": numbered,
+        "label2id": {name: index for index, name in numbered.items()},
+        "problem_type": None,
+    }
 
 
 def _copy_tower(model: Any, folder: str) -> None:
@@ -95,7 +113,7 @@ def load_checkpoint(folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a finished run, ready to be judged."""
     _check_checkpoint(str(folder))
     config = GeminiConfig.from_pretrained(folder, local_files_only=True)
-    (head,) = (head for head in _HEADS.values() if head.__name__ in (config.architectures or ()))
+    head = next(head for head in _HEADS.values() if head.__name__ in (config.architectures or ()))
     model = head.from_pretrained(folder, local_files_only=True).eval()
     if head is GeminiForImageClassification:
         return model, None

@@ -4,6 +4,7 @@
     continue  <continue> a beginning       -> what comes after it</s>
     denoise   <denoise> a text with <mask> -> the whole text</s>
     classify  <classify> a review          -> <positive></s>      (or a class for the classification head)
+    mimic     <classify> a text            -> the states that a larger encoder has for it  (regression head)
     name      image                        -> one class a name    (for the image classification head)
 
 ``batch(step)`` is a pure function of (seed, task, step). Texts are tokenized once, when a task is made.
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from gemini.errors import DataError
-from gemini.model.data import Drawings, Review, augment
+from gemini.model.data import Review, augment
 from gemini.model.data.noise import noise_text
 from gemini.model.gemini import LABELS, caption_prompt, classify_prompt, continue_prompt, denoise_prompt
 from gemini.model.training.corpus import Corpus
@@ -29,6 +30,7 @@ from gemini.model.training.options import TaskOptions, TrainingOptions
 from gemini.model.training.order import Order, step_seed
 
 Batch = dict[str, torch.Tensor]
+_REDRAWN = 0.7  # how often a drawing is taken as another hand would have made it, where that was done
 IGNORED = -100  # the label of a position that has none, torch's default
 
 
@@ -62,17 +64,40 @@ class Task(ABC):
         return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
 
 
+class Pictures:
+    """The drawings of a split with ``side`` pixels, as they are or, where there are any, redrawn."""
+
+    def __init__(self, corpus: Corpus, side: int) -> None:
+        self.pixels = torch.from_numpy(corpus.drawings.pixels)
+        self.redrawn = corpus.redrawn
+        self.side = side or self.pixels.shape[1]
+        self.flippable = np.array([augment.may_flip(name) for name in corpus.drawings.en])
+
+    def draw(self, rows: np.ndarray, generator: np.random.Generator, train: bool) -> torch.Tensor:
+        """(B, 3, side, side), augmented in training."""
+        pixels = self.pixels[rows]
+        if train and self.redrawn is not None:
+            hands = generator.integers(self.redrawn.shape[1], size=len(rows))
+            others = generator.random(len(rows)) < _REDRAWN
+            pixels[others] = torch.from_numpy(self.redrawn[rows[others], hands[others]])
+        noise = torch.Generator().manual_seed(int(generator.integers(2**62)))
+        flips = torch.from_numpy(self.flippable[rows])
+        image = augment.draw(augment.shrink(pixels, self.side), noise, train=train, flip=flips)
+        return image.contiguous(memory_format=torch.channels_last)
+
+
 class CaptionTask(Task):
     """A drawing to its name, in a language drawn for each example."""
 
     name = "caption"
 
     def __init__(
-        self, tokenizer: Any, options: TaskOptions, run: TrainingOptions, drawings: Drawings, train: bool
+        self, tokenizer: Any, options: TaskOptions, run: TrainingOptions, corpus: Corpus, train: bool
     ) -> None:
+        drawings = corpus.drawings
         _require(len(drawings), "drawings", "gemini-edge data")
         super().__init__(tokenizer, options, run, [1] * len(drawings), train)
-        self.pixels = drawings.pixels
+        self.pictures = Pictures(corpus, options.pixels)
         end = [tokenizer.eos_token_id]
         limit = run.decoder_tokens - 1
         names = {"en": drawings.en, "zh": drawings.zh}
@@ -80,18 +105,14 @@ class CaptionTask(Task):
         self.targets = [
             [ids[:limit] + end for ids in encode(tokenizer, names[code])] for code in options.languages
         ]
-        self.flippable = np.array([augment.may_flip(name) for name in drawings.en])
 
     def make(self, indices: np.ndarray, generator: np.random.Generator) -> Batch:
         languages = generator.integers(len(self.prompts), size=len(indices))
-        flips = torch.from_numpy(self.flippable[indices])
-        noise = torch.Generator().manual_seed(int(generator.integers(2**62)))
-        pixels = augment.draw(torch.from_numpy(self.pixels[indices]), noise, train=self.train, flip=flips)
         batch = self.pack(
             [self.prompts[language] for language in languages],
             [self.targets[language][index] for language, index in zip(languages, indices, strict=True)],
         )
-        return batch | {"pixel_values": pixels.contiguous(memory_format=torch.channels_last)}
+        return batch | {"pixel_values": self.pictures.draw(indices, generator, self.train)}
 
 
 class NameTask(Task):
@@ -101,18 +122,15 @@ class NameTask(Task):
 
     def __init__(self, options: TaskOptions, run: TrainingOptions, corpus: Corpus, train: bool) -> None:
         drawings, numbers = corpus.drawings, {name: number for number, name in enumerate(corpus.names)}
-        known = [index for index, name in enumerate(drawings.en) if name in numbers]
-        _require(len(known), "drawings", "gemini-edge data")
-        super().__init__(None, options, run, [1] * len(known), train)
-        self.pixels = augment.shrink(torch.from_numpy(drawings.pixels[known]), options.pixels or 64)
-        self.labels = torch.tensor([numbers[drawings.en[index]] for index in known])
-        self.flippable = torch.tensor([augment.may_flip(drawings.en[index]) for index in known])
+        self.known = np.array([index for index, name in enumerate(drawings.en) if name in numbers])
+        _require(len(self.known), "drawings", "gemini-edge data")
+        super().__init__(None, options, run, [1] * len(self.known), train)
+        self.pictures = Pictures(corpus, options.pixels)
+        self.labels = torch.tensor([numbers[drawings.en[index]] for index in self.known])
 
     def make(self, indices: np.ndarray, generator: np.random.Generator) -> Batch:
-        noise = torch.Generator().manual_seed(int(generator.integers(2**62)))
-        pixels = augment.draw(self.pixels[indices], noise, train=self.train, flip=self.flippable[indices])
         return {
-            "pixel_values": pixels.contiguous(memory_format=torch.channels_last),
+            "pixel_values": self.pictures.draw(self.known[indices], generator, self.train),
             "labels": self.labels[indices],
         }
 
@@ -230,17 +248,37 @@ class ClassifyTask(Task):
         return batch
 
 
+class MimicTask(Task):
+    """A text to the standardized states of a sentence encoder (`gemini.model.training.states`)."""
+
+    name = "mimic"
+
+    def __init__(
+        self, tokenizer: Any, options: TaskOptions, run: TrainingOptions, corpus: Corpus, train: bool
+    ) -> None:
+        texts, self.states = corpus.thoughts
+        _require(len(texts), "texts with states", "gemini-edge train mimic")
+        self.sources = reviews_as_prompts(tokenizer, texts, run.encoder_tokens)
+        super().__init__(tokenizer, options, run, [len(ids) for ids in self.sources], train)
+
+    def make(self, indices: np.ndarray, generator: np.random.Generator) -> Batch:
+        ids, mask = pad([self.sources[index] for index in indices], self.tokenizer.pad_token_id)
+        labels = torch.from_numpy(self.states[indices].astype(np.float32))
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
 def build_tasks(tokenizer: Any, run: TrainingOptions, corpus: Corpus, *, train: bool) -> list[Task]:
     """The tasks of a recipe over one split."""
     prose = [*corpus.stories, *corpus.texts]
     told = prose if train or not corpus.stories else corpus.stories  # the perplexity is that of stories alone
     makers: dict[str, Callable[[TaskOptions], Task]] = {
-        "caption": lambda task: CaptionTask(tokenizer, task, run, corpus.drawings, train),
+        "caption": lambda task: CaptionTask(tokenizer, task, run, corpus, train),
         "continue": lambda task: ContinueTask(tokenizer, task, run, told, train),
         "denoise": lambda task: DenoiseTask(
             tokenizer, task, run, [*prose, *(review.text for review in corpus.reviews)], train
         ),
         "classify": lambda task: ClassifyTask(tokenizer, task, run, corpus.reviews, train),
+        "mimic": lambda task: MimicTask(tokenizer, task, run, corpus, train),
         "name": lambda task: NameTask(task, run, corpus, train),
     }
     return [makers[name](task) for name, task in run.tasks.items()]

@@ -95,9 +95,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, options: TrainingOptions
 
 
 @pytest.fixture
-def model(options: TrainingOptions, tokenizer):
+def model(options: TrainingOptions, tokenizer, corpus: Corpus):
     torch.manual_seed(0)
-    return make_model(options, tokenizer).eval()
+    return make_model(options, tokenizer, corpus).eval()
 
 
 @pytest.fixture

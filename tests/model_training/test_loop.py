@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from gemini.errors import CheckpointError, UsageError
-from gemini.model.training import loop
+from gemini.model.training import corpus, loop
 from gemini.model.training.loop import train
 from gemini.model.training.options import TaskOptions
 from gemini.model.training.start import load_checkpoint
@@ -112,6 +113,30 @@ def test_a_writer_starts_from_a_reader_that_was_trained_before(options, cache, t
     assert all(torch.equal(reader[name], writer[f"model.{name}"]) for name in kept)
     first, second = (path / "tokenizer.json" for path in (tmp_path / "out", tmp_path / "out" / "before"))
     assert first.read_text() == second.read_text()
+
+
+def test_a_reader_starts_from_a_mimic_with_a_head_of_its_own(options, cache, tmp_path, monkeypatch):
+    arrays = {"texts": np.frombuffer(json.dumps([f"text {at}" for at in range(150)]).encode(), np.uint8)}
+    arrays["states"] = np.random.default_rng(0).normal(size=(150, 5)).astype(np.float16)
+    monkeypatch.setattr(corpus, "states_path", lambda cache: tmp_path / "states.npz")
+    monkeypatch.setattr(
+        loop, "ensure_states", lambda cache, show: np.savez(tmp_path / "states.npz", **arrays)
+    )
+    before = dataclasses.replace(
+        options, name="before", head="regression", tasks={"mimic": TaskOptions(4)}, steps=2
+    )
+    monkeypatch.setattr(loop, "load_options", {"before": before}.__getitem__)
+    chained = dataclasses.replace(
+        options, first="before", head="classification", tasks={"classify": TaskOptions(4)}
+    )
+    train(dataclasses.replace(chained, steps=1, learning_rate=0.0), tmp_path / "out", cache)
+    mimic = load_file(tmp_path / "out" / "before" / "model.safetensors")
+    reader = load_file(tmp_path / "out" / "model.safetensors")
+    assert mimic.pop("classifier.weight").shape == (5, 32) and reader["classifier.weight"].shape == (2, 32)
+    del mimic["classifier.bias"]
+    assert all(torch.equal(tensor, reader[name]) for name, tensor in mimic.items() if "running" not in name)
+    model, _ = load_checkpoint(tmp_path / "out")
+    assert model.config.problem_type is None and model.config.id2label == {0: "negative", 1: "positive"}
 
 
 def test_a_tower_of_other_widths_is_refused(options, cache, tmp_path):

@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from gemini.errors import DataError
-from gemini.model.data import Review
+from gemini.model.data import Review, augment
 from gemini.model.gemini import continue_prompt
-from gemini.model.training.corpus import NO_DRAWINGS, load_corpus
-from gemini.model.training.losses import generation_loss, make_optimizer
+from gemini.model.training.corpus import NO_DRAWINGS, Corpus, load_corpus
+from gemini.model.training.losses import generation_loss, loss_of, make_optimizer
 from gemini.model.training.options import TaskOptions
+from gemini.model.training.start import make_model
 from gemini.model.training.tasks import (
     IGNORED,
     CaptionTask,
     ClassifyTask,
     NameTask,
+    Pictures,
     build_tasks,
     encode,
     infill,
@@ -117,7 +119,7 @@ def test_a_label_outside_the_set_is_refused(tokenizer, options):
 
 def test_an_empty_set_is_refused(tokenizer, options):
     with pytest.raises(DataError, match="no drawings to train on"):
-        CaptionTask(tokenizer, TaskOptions(2), options, NO_DRAWINGS, True)
+        CaptionTask(tokenizer, TaskOptions(2), options, Corpus(NO_DRAWINGS), True)
     with pytest.raises(DataError, match="no reviews to train on"):
         ClassifyTask(tokenizer, TaskOptions(2), options, [], True)
 
@@ -159,3 +161,34 @@ def test_names_are_numbered_in_order_and_strangers_left_out(options, cache):
     batch = task.batch(0)
     assert batch["pixel_values"].shape == (4, 3, 16, 16)
     assert set(batch["labels"].tolist()) == {0, 1, 2}
+
+
+def test_some_drawings_are_shown_by_another_hand(options, cache):
+    corpus = load_corpus(cache, "train", ["name"])
+    redrawn = np.zeros((len(corpus.drawings), 3, 64, 64, 4), np.uint8)
+    redrawn[..., 3] = 255  # black squares, where the originals are noise
+    pictures = Pictures(dataclasses.replace(corpus, redrawn=redrawn), 0)
+    rows = np.arange(8).repeat(50)
+    seen = pictures.draw(rows, np.random.default_rng(0), train=True)
+    assert seen.shape == (400, 3, 64, 64)
+    # The middle of a square stays one colour, however it was moved; a twentieth is drawn as lines.
+    plain = seen[:, :, 28:36, 28:36].flatten(1).std(1) < 0.15
+    assert 0.55 < plain.float().mean() < 0.8
+    shown = pictures.draw(np.arange(8), np.random.default_rng(0), train=False)
+    torch.testing.assert_close(shown, augment.on_white(torch.from_numpy(corpus.drawings.pixels)))
+
+
+def test_a_mimic_learns_the_states_of_its_text(tokenizer, options, corpus):
+    texts, thoughts = ["one text", "another"], np.array([[1, 2, 3], [4, 5, 6]], np.float16)
+    run = dataclasses.replace(options, head="regression", tasks={"mimic": TaskOptions(2)})
+    corpus = dataclasses.replace(corpus, thoughts=(texts, thoughts))
+    (task,) = build_tasks(tokenizer, run, corpus, train=True)
+    batch = task.batch(0)
+    for ids, mask, state in zip(*batch.values(), strict=True):
+        text = tokenizer.decode(ids[mask == 1].tolist()[1:])
+        assert state.tolist() == thoughts[texts.index(text)].tolist()
+    model = make_model(run, tokenizer, corpus).eval()
+    own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = (own - batch["labels"]).square().mean()
+    torch.testing.assert_close(loss_of("regression")(model, batch), expected)
+    torch.testing.assert_close(model(**batch).loss, expected)

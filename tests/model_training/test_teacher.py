@@ -1,4 +1,4 @@
-"""Texts to be labelled by the teacher, and what it labels, against a regression fitted here."""
+"""Texts made for the teachers, the states and labels they give, against regressions fitted here."""
 
 import json
 
@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from gemini.errors import DataError
 from gemini.model.data import Review
-from gemini.model.training import teacher
+from gemini.model.training import states, teacher
 
 
 def test_variants_hold_words_of_the_texts_and_nothing_else():
     texts = ["one two three four", "five six seven", "eight"]
-    made = teacher.variants(texts, 20)
-    assert made == teacher.variants(texts, 20)
+    made = states.variants(texts, 20)
+    assert made == states.variants(texts, 20)
     assert len(made) == 60
     assert {word for text in made for word in text.split()} == {
         word for text in texts for word in text.split()
@@ -29,7 +30,7 @@ def test_words_are_whole_ones():
         def convert_ids_to_tokens(self, ids):
             return [["[PAD]", "##ing", "good", "it", "3rd", "schön"][index] for index in ids]
 
-    assert teacher.words(Pieces()) == ["good"]
+    assert states.bare_words(Pieces()) == ["It was good."]
 
 
 class Encoder:
@@ -60,41 +61,87 @@ class Encoder:
 
 @pytest.fixture
 def invented(monkeypatch):
+    """Letters as reviews: more a than b is good, and in Chinese more 好 than 坏."""
     generator = np.random.default_rng(0)
-    texts = ["".join(generator.choice(list("abcdefghij"), 12)) for _ in range(120)]
-    reviews = {
-        split: [Review(text, int(text.count("a") > text.count("b")), "en", split) for text in part]
-        for split, part in (("train", texts[:100]), ("valid", texts[100:]))
-    }
-    monkeypatch.setattr(teacher, "find", lambda name: None)
-    monkeypatch.setattr(teacher, "load_checkpoint", lambda name: Encoder)
-    monkeypatch.setattr(teacher, "load_sentiment", lambda cache, split: reviews[split])
-    return reviews
+
+    def reviews(letters, language, good, bad):
+        texts = ["".join(generator.choice(list(letters), 12)) for _ in range(120)]
+        return [
+            Review(text, int(text.count(good) > text.count(bad)), language, "train" if at < 100 else "valid")
+            for at, text in enumerate(texts)
+        ]
+
+    known = [*reviews("abcdefghij", "en", "a", "b"), *reviews("好坏了的很不", "zh", "好", "坏")]
+
+    def load(cache, split, language):
+        return [review for review in known if (review.split, review.language) == (split, language)]
+
+    for module in (states, teacher):
+        monkeypatch.setattr(module, "load_checkpoint", lambda name: Encoder)
+        monkeypatch.setattr(module, "load_sentiment", load)
+    monkeypatch.setattr(states, "find", lambda name: None)
+    return load
 
 
-def test_reviews_are_labelled_by_who_did_not_see_them(invented, tmp_path):
+def test_states_are_standardized_means_in_three_splits(invented, tmp_path):
+    path = states.ensure_states(tmp_path)
+    texts, arrays = states.load_arrays(path)
+    reviews = [review.text for review in invented(None, "train", "en")]
+    assert texts[: arrays["reviews"]] == reviews and len(texts) == arrays["made"] > 300
+    counts = np.array([[text.count(letter) for letter in "abcdefghij"] for text in texts], float)
+    own = counts[: len(reviews)]
+    expected = np.tile((counts - own.mean(0)) / own.std(0), 3)
+    np.testing.assert_allclose(arrays["states"], expected, rtol=1e-3, atol=1e-3)  # float16
+    parts = {split: states.read_states(path, split) for split in ("train", "valid", "test")}
+    assert parts["valid"][0] == texts[::50] and parts["test"][0] == texts[1::50]
+    assert sorted(text for part, _ in parts.values() for text in part) == sorted(texts)
+    np.testing.assert_array_equal(parts["test"][1], arrays["states"][1::50])
+    before = path.stat().st_mtime_ns
+    assert states.ensure_states(tmp_path).stat().st_mtime_ns == before
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match="missing or damaged"):
+        states.load_arrays(path)
+
+
+def test_english_reviews_are_labelled_by_who_did_not_see_them(invented, tmp_path):
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    rows, accuracy = teacher.soft_labels(tmp_path)
-    reviews = invented["train"]
+    rows, predict = teacher.english_labels(tmp_path)
+    reviews, valid = invented(None, "train", "en"), invented(None, "valid", "en")
     assert [row["text"] for row in rows[:100]] == [review.text for review in reviews]
-    assert accuracy > 80
-    counts = teacher.features(Encoder, [review.text for review in reviews])
+    counts = states.features(Encoder, [review.text for review in reviews])
     labels = np.array([review.label for review in reviews])
     found = np.array([row["positive"] for row in rows[:100]])
     for others, fold in StratifiedKFold(5).split(counts, labels):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
         model.fit(counts[others], labels[others])
-        # The file keeps four digits.
-        np.testing.assert_allclose(found[fold], model.predict_proba(counts[fold])[:, 1], atol=6e-5, rtol=0)
+        # States are kept as float16, probabilities with four digits.
+        np.testing.assert_allclose(found[fold], model.predict_proba(counts[fold])[:, 1], atol=2e-3, rtol=0)
+    right = (predict([review.text for review in valid]) > 0.5) == [review.label for review in valid]
+    assert right.mean() > 0.8
 
 
-def test_the_file_is_made_once(invented, tmp_path):
-    path = teacher.ensure_teacher(tmp_path)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert all(0 <= row["positive"] <= 1 for row in rows) and len(rows) > 100
+def test_log_count_ratios_follow_their_formula():
+    texts, labels = ["好好", "好的", "坏的", "坏坏", "好坏"], [1, 1, 0, 0, 1]
+    pipeline = teacher.log_count_teacher().fit(texts, labels)
+    counter, ratio = pipeline[0], pipeline[1].ratio_
+    assert list(counter.get_feature_names_out()) == ["坏", "好", "的"]  # in at least two texts
+    good, bad = np.array([1 + 1, 1 + 3, 1 + 1]), np.array([1 + 2, 1 + 0, 1 + 1])
+    np.testing.assert_allclose(ratio, np.log((good / good.sum()) / (bad / bad.sum())), rtol=1e-12)
+    rows = pipeline[:2].transform(["好的"]).toarray()
+    np.testing.assert_allclose(rows, [[0, ratio[1], ratio[2]]], rtol=1e-12)
+
+
+def test_the_file_of_labels_is_made_once(invented, tmp_path):
+    figures = teacher.write_labels(tmp_path / "labels.jsonl", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert len(rows) == figures["texts"] > 300 and all(0 <= row["positive"] <= 1 for row in rows)
+    assert {row["language"] for row in rows} == {"en", "zh"}
+    assert figures["valid_en"] > 80 and figures["valid_zh"] > 70
+    path = teacher.ensure_labels(tmp_path)
+    assert path.read_bytes() == (tmp_path / "labels.jsonl").read_bytes()
     path.write_text("kept")
-    assert teacher.ensure_teacher(tmp_path).read_text() == "kept"
+    assert teacher.ensure_labels(tmp_path).read_text() == "kept"
