@@ -170,7 +170,8 @@ def _texts(eval_text: str | None, calibration: str | None) -> dict[str, TextSour
 
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource) -> list[Any] | None:
     """Token windows for recipes that look at activations; None for those that do not."""
-    if checkpoint.tokenizer is None or not any(getattr(spec, "search", False) for spec in recipe.specs):
+    looks = any(getattr(spec, "search", False) or getattr(spec, "gptq", False) for spec in recipe.specs)
+    if checkpoint.tokenizer is None or not looks:
         return None
     return text_windows(checkpoint, text, CALIBRATION_WINDOWS, CALIBRATION_WINDOW)
 
@@ -178,7 +179,9 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource) -> li
 def round_to_nearest(recipe: Recipe) -> Recipe | None:
     """The same bits and blocks without search or promoted layers; None if the recipe has neither."""
     specs = tuple(
-        replace(spec, search=False, sensitive_share=0.0) if isinstance(spec, QuantizeInt4) else spec
+        replace(spec, search=False, gptq=False, sensitive_share=0.0)
+        if isinstance(spec, QuantizeInt4)
+        else spec
         for spec in recipe.specs
     )
     return None if specs == recipe.specs else replace(recipe, name=f"{recipe.name}, nearest", specs=specs)

@@ -28,6 +28,7 @@ from gemini.compress.specs import (
     QuantizeNF4,
     Spec,
 )
+from gemini.compress.stream import Statistics, stream
 from gemini.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -60,13 +61,14 @@ def quantize_int4(
     table_size = None if spec.embedding_bits == 32 else spec.embedding_block_size
     selection = select_layers(model, spec.block_size, spec.skip, table_size, convolutions=True)
     moments: dict[str, Tensor] = {}
-    if windows and (spec.search or spec.sensitive_share):
+    if windows and (spec.search or spec.sensitive_share or spec.gptq):
         moments = collect_input_moments(model, windows, selection.linears, progress)
     linear = Integers(4, spec.block_size, spec.symmetric, spec.search)
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
     table = Integers(spec.embedding_bits, spec.embedding_block_size)
-    report = _edit(model, spec, selection, formats, table, moments, progress, spec.sensitive_share)
-    return replace(report, calibration_windows=len(windows) if moments else 0)
+    again = windows if spec.gptq else ()
+    report = _edit(model, spec, selection, formats, table, moments, progress, spec.sensitive_share, again)
+    return replace(report, calibration_windows=len(windows) if moments or spec.gptq else 0)
 
 
 def quantize_nf4(
@@ -129,14 +131,23 @@ def _edit(
     moments: Mapping[str, Tensor],
     progress: bool,
     sensitive_share: float = 0.0,
+    windows: Sequence[Window] = (),
 ) -> PassReport:
-    """Pack every selected layer, widen the most sensitive ones, then put the packed ones into the model."""
+    """Pack every selected layer, widen the most sensitive ones, then put the packed ones into the model.
+
+    With ``windows``, those in stacks of blocks are packed once more, block by block, with GPTQ.
+    """
     packed: dict[str, tuple[nn.Module, LayerReport]] = {}
     for name in tqdm(formats, desc=spec.type, unit="layer", delay=2, leave=False, disable=not progress):
         packed[name] = _pack(model, name, formats[name], moments.get(name))
     wide = most_sensitive([report for _, report in packed.values()], sensitive_share)
+    formats = {**formats, **dict.fromkeys(wide, Integers(8, table.block_size))}
     for name in wide:
-        packed[name] = _pack(model, name, Integers(8, table.block_size), moments.get(name))
+        packed[name] = _pack(model, name, formats[name], moments.get(name))
+    for block in stream(model, windows, formats, progress=progress) if windows else ():
+        for name, statistics in block.statistics.items():
+            packed[name] = _pack(model, name, formats[name], statistics=statistics)
+            _replace(model, model.get_submodule(name), packed[name][0])
     layers = [*_edit_ends(model, selection, table), *(report for _, report in packed.values())]
     layers += _edit_convolutions(model, selection)
     for name, (new, _) in packed.items():
@@ -147,11 +158,18 @@ def _edit(
 
 
 def _pack(
-    model: nn.Module, name: str, form: Format, importance: Tensor | None
+    model: nn.Module,
+    name: str,
+    form: Format,
+    importance: Tensor | None = None,
+    statistics: Statistics | None = None,
 ) -> tuple[nn.Module, LayerReport]:
     old = model.get_submodule(name)
-    new = make_linear(weight_of(old), old.bias, form, importance)
-    return new, layer_report(name, "linear", weight_of(old), new, importance)
+    weight = weight_of(old)
+    new = make_linear(weight, old.bias, form, importance, statistics=statistics)
+    if statistics is not None:
+        importance = statistics.hessian.diagonal()
+    return new, layer_report(name, "linear", weight, new, importance)
 
 
 def most_sensitive(layers: Sequence[LayerReport], share: float) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from gemini.compress.gptq import aim_at_targets, gptq
 from gemini.compress.modules import (
     NF4,
     Bnb4Linear,
@@ -15,6 +16,7 @@ from gemini.compress.modules import (
     QuantizedLinear,
 )
 from gemini.compress.quantize import Quantized, quantize, quantize_bnb4, quantize_channels
+from gemini.compress.stream import Statistics
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,12 @@ def make_linear(
     form: Integers | Channels | Bnb4,
     importance: Tensor | None = None,
     shared: QuantizedEmbedding | None = None,
+    statistics: Statistics | None = None,
 ) -> nn.Module:
-    """The packed layer for a float weight (N, K); with ``shared`` it uses the buffers of that table."""
+    """The packed layer for a float weight (N, K); with ``shared`` it uses the buffers of that table.
+
+    ``statistics`` of its inputs make integer codes those of GPTQ.
+    """
     rows, columns = weight.shape
     kept = None if bias is None else bias.detach().clone()
     if isinstance(form, Channels):
@@ -54,7 +60,13 @@ def make_linear(
     if isinstance(form, Bnb4):
         packed, absmax = quantize_bnb4(weight, form.block_size)
         return Bnb4Linear(columns, rows, packed, absmax, form.block_size, NF4, kept)
-    source = shared if shared is not None else _quantize(weight, form, importance)
+    source: QuantizedEmbedding | Quantized
+    if shared is not None:
+        source = shared
+    elif statistics is not None:
+        source = _gptq(weight, form, statistics)
+    else:
+        source = _quantize(weight, form, importance)
     return QuantizedLinear(
         columns, rows, form.bits, form.block_size, source.qweight, source.scales, source.zero_points, kept
     )
@@ -92,4 +104,17 @@ def _quantize(weight: Tensor, form: Integers, importance: Tensor | None) -> Quan
         symmetric=form.symmetric,
         search=form.search,
         importance=importance,
+    )
+
+
+def _gptq(weight: Tensor, form: Integers, statistics: Statistics) -> Quantized:
+    if statistics.cross is not None:
+        weight = aim_at_targets(weight, statistics.hessian, statistics.cross)
+    return gptq(
+        weight,
+        statistics.hessian,
+        bits=form.bits,
+        block_size=form.block_size,
+        symmetric=form.symmetric,
+        search=form.search,
     )
