@@ -61,6 +61,12 @@ class _Moment:
         return None if self.total is None else self.total / self.count
 
 
+def _statistics(own: _Moment, cross: _Moment) -> Statistics:
+    hessian = own.mean()
+    assert hessian is not None
+    return Statistics(hessian, cross.mean())
+
+
 def find_stacks(model: nn.Module, names: Collection[str]) -> list[tuple[str, nn.ModuleList]]:
     """The outermost lists of two or more blocks of one class that hold any of the named layers, in order."""
     found: list[tuple[str, nn.ModuleList]] = []
@@ -101,21 +107,19 @@ def stream(
                 for name in names
                 if name.startswith(f"{prefix}.")
             }
-            moments = {name: (_Moment(), _Moment()) for name in own}
+            moments: dict[str, tuple[_Moment, _Moment]] = {}
+            leaders: dict[str, str] = {}
             for window, (call, intended) in enumerate(zip(calls[index], original[index], strict=True)):
                 same = states[window] is targets[window]
-                targets[window], wanted = _inputs(block, intended, targets[window], own)
+                targets[window], wanted, leaders = _inputs(block, intended, targets[window], own)
                 seen = wanted if same else _inputs(block, call, states[window], own)[1]
                 for name, inputs in seen.items():
-                    moments[name][0].add(inputs, inputs)
+                    mean, cross = moments.setdefault(name, (_Moment(), _Moment()))
+                    mean.add(inputs, inputs)
                     if not same:
-                        moments[name][1].add(wanted[name], inputs)
-            statistics = {
-                name: Statistics(mean, cross.mean())
-                for name, (own_moment, cross) in moments.items()
-                if (mean := own_moment.mean()) is not None
-            }
-            yield Block(prefix, block, statistics)
+                        cross.add(wanted[name], inputs)
+            found = {name: _statistics(*pair) for name, pair in moments.items()}
+            yield Block(prefix, block, {name: found[leader] for name, leader in leaders.items()})
             states = [call.run(block, state) for call, state in zip(calls[index], states, strict=True)]
 
 
@@ -167,12 +171,20 @@ def record_calls(model: nn.Module, stack: nn.ModuleList, windows: Iterable[Windo
 
 def _inputs(
     block: nn.Module, call: Call, states: Tensor, layers: dict[str, nn.Module]
-) -> tuple[Tensor, Rows]:
-    """What the block puts out for these states, and the inputs (rows, K) that its layers get meanwhile."""
-    rows: Rows = {}
+) -> tuple[Tensor, Rows, dict[str, str]]:
+    """What the block puts out for these states, the inputs (rows, K) that its layers get meanwhile, and for
+    each layer the first one with the same inputs, under whose name they are.
+
+    Query, key and value read one tensor; its products are the most expensive part of calibration.
+    """
+    given: Rows = {}
+    leaders: dict[str, str] = {}
 
     def take(name: str, x: Tensor) -> None:
-        rows[name] = x.detach().reshape(-1, x.shape[-1])
+        leaders[name] = next((other for other, seen in given.items() if seen is x), name)
+        given.setdefault(leaders[name], x)
 
     with each_input(layers, take):
-        return call.run(block, states), rows
+        made = call.run(block, states)
+    rows = {name: x.detach().reshape(-1, x.shape[-1]) for name, x in given.items()}
+    return made, rows, leaders
