@@ -16,6 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+_SHOWN = 20
 _FIGURES = {  # as `gemini.model.training.judge` calls them, and what they are
     "name_accuracy": "drawings of another hand: the right one of all names, %",
     "caption_en_exact": "captions of another hand, English: exact, %",
@@ -64,7 +65,8 @@ def model_card(folder: Path, cache: Path) -> str:
         figures=_table(("on the test split", "figure"), _figures(summary["test"])),
         bias=_bias(samples.get("bias")),
         loops=f"{samples.get('loops', 0)} of {len(stories)}",
-        samples="\n\n".join(f"{number}. {story}" for number, story in enumerate(stories, 1)) or "None.",
+        samples="\n\n".join(f"{number}. {story}" for number, story in enumerate(stories[:_SHOWN], 1))
+        or "None.",
     )
 
 

@@ -20,7 +20,7 @@ from gemini.model.training.options import TrainingOptions
 from gemini.model.training.tasks import Task, build_tasks
 
 VALIDATION_BATCHES = 8
-STORIES = 20
+STORIES = 100  # that are written and counted
 Figures = dict[str, float]
 
 
