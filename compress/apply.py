@@ -16,6 +16,7 @@ from tqdm import tqdm
 from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.fold import fold_batch_norms
 from gemini.compress.layers import Bnb4, Channels, Integers, make_conv, make_copy, make_linear, make_table
+from gemini.compress.plan import LINEAR_FORMATS, TABLE_FORMATS, plan_formats
 from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
 from gemini.compress.select import Selection, select_layers, weight_of
@@ -25,6 +26,7 @@ from gemini.compress.specs import (
     PerChannel,
     QuantizeInt4,
     QuantizeInt8,
+    QuantizeMixed,
     QuantizeNF4,
     Spec,
 )
@@ -71,6 +73,24 @@ def quantize_int4(
     return replace(report, calibration_windows=len(windows) if moments or spec.gptq else 0)
 
 
+def quantize_mixed(
+    model: nn.Module, spec: QuantizeMixed, windows: Sequence[Window], progress: bool
+) -> PassReport:
+    """The planned format for each layer."""
+    if not windows:
+        raise RecipeError(
+            "The pass quantize_mixed needs calibration, and this model has no text to calibrate on.",
+            "Use the recipe int4 or int8.",
+        )
+    smallest = min(form.block_size for form in LINEAR_FORMATS)
+    selection = select_layers(model, smallest, spec.skip, smallest, convolutions=True)
+    plan = plan_formats(model, selection, windows, spec.target_bpw, progress)
+    again = windows if spec.gptq else ()
+    table = plan.table or TABLE_FORMATS[-1]
+    report = _edit(model, spec, selection, plan.formats, table, plan.moments, progress, 0.0, again)
+    return replace(report, calibration_windows=len(windows))
+
+
 def quantize_nf4(
     model: nn.Module, spec: QuantizeNF4, windows: Sequence[Window], progress: bool
 ) -> PassReport:
@@ -85,6 +105,7 @@ Pass = Callable[[nn.Module, Any, Sequence[Window], bool], PassReport]
 PASSES: dict[type[Spec], Pass] = {
     QuantizeInt8: quantize_int8,
     QuantizeInt4: quantize_int4,
+    QuantizeMixed: quantize_mixed,
     QuantizeNF4: quantize_nf4,
 }
 
@@ -148,7 +169,7 @@ def _edit(
         for name, statistics in block.statistics.items():
             packed[name] = _pack(model, name, formats[name], statistics=statistics)
             _replace(model, model.get_submodule(name), packed[name][0])
-    layers = [*_edit_ends(model, selection, table), *(report for _, report in packed.values())]
+    layers = [*_edit_ends(model, selection, table, moments), *(report for _, report in packed.values())]
     layers += _edit_convolutions(model, selection)
     for name, (new, _) in packed.items():
         _replace(model, model.get_submodule(name), new)
@@ -188,17 +209,21 @@ def most_sensitive(layers: Sequence[LayerReport], share: float) -> list[str]:
     return chosen
 
 
-def _edit_ends(model: nn.Module, selection: Selection, table: Integers) -> Iterator[LayerReport]:
+def _edit_ends(
+    model: nn.Module, selection: Selection, table: Integers, moments: Mapping[str, Tensor]
+) -> Iterator[LayerReport]:
     """Quantize token embedding and head; when tied, the head is built on the embedding's own buffers."""
     shared = None
+    importance = moments.get(selection.head or "")
     if selection.embedding:
         old = model.get_submodule(selection.embedding)
-        shared = make_table(weight_of(old), table, selection.scale_by)
+        weighing = importance if selection.tied else None
+        shared = make_table(weight_of(old), table, selection.scale_by, weighing)
         yield layer_report(selection.embedding, "embedding", weight_of(old), shared, None)
     if selection.head:
         head = model.get_submodule(selection.head)
         twin = shared if selection.tied else None
-        new = make_linear(weight_of(head), head.bias, table, None, twin)
+        new = make_linear(weight_of(head), head.bias, table, importance, twin)
         report = layer_report(selection.head, "tied head" if twin else "head", weight_of(head), new, None)
         yield replace(report, parameters=0, bytes=0) if twin else report
         _replace(model, head, new)

@@ -65,19 +65,24 @@ def each_input(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor], No
 
 
 def collect_input_moments(
-    model: nn.Module, windows: Iterable[Window], names: Collection[str], progress: bool = True
+    model: nn.Module,
+    windows: Iterable[Window],
+    names: Collection[str],
+    progress: bool = True,
+    *,
+    every_logit: bool = False,
 ) -> dict[str, Tensor]:
     """E[x^2] of the inputs of the named layers over all windows: {name: float64 (K,)}.
 
     A window is an int64 array (1, S) of token ids, or a mapping of keyword arguments to arrays. Windows are
     taken one at a time and nothing but the sums is kept. A layer that no window reaches is absent from the
-    result.
+    result. The head of a generator sees the last position alone, unless ``every_logit``.
     """
     with watch_inputs(model, names) as moments, torch.no_grad():
         for window in tqdm(
             windows, desc="calibrate", unit="window", delay=2, leave=False, disable=not progress
         ):
-            model(**as_feed(window), **shortcut(model))
+            model(**as_feed(window), **shortcut(model, every_logit))
     means = {name: moment.mean() for name, moment in moments.items()}
     return {name: mean for name, mean in means.items() if mean is not None}
 
@@ -89,9 +94,9 @@ def as_feed(window: Window) -> dict[str, Tensor]:
     return {"input_ids": torch.as_tensor(window)}
 
 
-def shortcut(model: nn.Module) -> dict[str, Any]:
+def shortcut(model: nn.Module, every_logit: bool = False) -> dict[str, Any]:
     """Arguments that spare the model work which calibration does not look at: most logits, and a cache."""
-    # The head is the largest product of a small language model and not among the layers watched.
-    spared = {"logits_to_keep": 1, "use_cache": False}
+    # The head is the largest product of a small language model and rarely among the layers watched.
+    spared = {"use_cache": False} | ({} if every_logit else {"logits_to_keep": 1})
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in spared.items() if name in known}

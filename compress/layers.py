@@ -66,16 +66,18 @@ def make_linear(
     elif statistics is not None:
         source = _gptq(weight, form, statistics)
     else:
-        source = _quantize(weight, form, importance)
+        source = quantized(weight, form, importance)
     return QuantizedLinear(
         columns, rows, form.bits, form.block_size, source.qweight, source.scales, source.zero_points, kept
     )
 
 
-def make_table(weight: Tensor, form: Integers, scale_by: float | None) -> QuantizedEmbedding:
-    """The packed token embedding for a float table (V, D)."""
+def make_table(
+    weight: Tensor, form: Integers, scale_by: float | None, importance: Tensor | None = None
+) -> QuantizedEmbedding:
+    """The packed token embedding for a float table (V, D); ``importance`` (D,) as a tied head has it."""
     rows, columns = weight.shape
-    made = _quantize(weight, form, None)
+    made = quantized(weight, form, importance)
     return QuantizedEmbedding(
         rows, columns, form.bits, form.block_size, made.qweight, made.scales, made.zero_points, scale_by
     )
@@ -96,7 +98,8 @@ def make_conv(layer: nn.Conv2d) -> ChannelwiseConv:
     return ChannelwiseConv(layer, codes.reshape(weight.shape), scales, bias)
 
 
-def _quantize(weight: Tensor, form: Integers, importance: Tensor | None) -> Quantized:
+def quantized(weight: Tensor, form: Integers, importance: Tensor | None = None) -> Quantized:
+    """The codes of a float weight (N, K) in a format; ``importance`` (K,) weighs the search."""
     return quantize(
         weight,
         bits=form.bits,

@@ -51,7 +51,7 @@ def output_fisher(
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     generator = torch.Generator().manual_seed(seed)
-    options = {key: value for key, value in shortcut(model).items() if key != "logits_to_keep"}
+    options = shortcut(model, every_logit=True)
     try:
         for window in tqdm(
             windows, desc="sensitivity", unit="window", delay=2, leave=False, disable=not progress

@@ -117,6 +117,32 @@ class QuantizeInt4:
 
 
 @dataclass(frozen=True)
+class QuantizeMixed:
+    """Linears, and the token embedding with the head, in the formats that their bytes are best spent on.
+
+    4-bit blocks of 64 or 32 with zero points, or 8-bit blocks, chosen by the divergence that each is expected
+    to add (`gemini.compress.plan`), so that a weight costs ``target_bpw`` bits on average, scales and zero
+    points included. ``gptq`` as in `QuantizeInt4`. It needs calibration.
+    """
+
+    type: ClassVar[str] = "quantize_mixed"
+    target_bpw: float = 5.0
+    gptq: bool = True
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.target_bpw, int | float) and not isinstance(self.target_bpw, bool)
+        if not number or not 4.0 < self.target_bpw <= 32.0:
+            raise RecipeError(f"`target_bpw` is {self.target_bpw!r}.", "Write a number from 4.6 to 8.5.")
+        _check_bool("gptq", self.gptq)
+        _check_globs(self.skip)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON/TOML values; ``spec_from_dict`` is the inverse."""
+        return _to_dict(self)
+
+
+@dataclass(frozen=True)
 class QuantizeNF4:
     """Linear weights as bitsandbytes NF4 (4-bit codes at the quantiles of a normal distribution)."""
 
@@ -135,8 +161,10 @@ class QuantizeNF4:
         return _to_dict(self)
 
 
-Spec = QuantizeInt8 | QuantizeInt4 | QuantizeNF4
-SPECS: dict[str, type[Spec]] = {spec.type: spec for spec in (QuantizeInt8, QuantizeInt4, QuantizeNF4)}
+Spec = QuantizeInt8 | QuantizeInt4 | QuantizeMixed | QuantizeNF4
+SPECS: dict[str, type[Spec]] = {
+    spec.type: spec for spec in (QuantizeInt8, QuantizeInt4, QuantizeMixed, QuantizeNF4)
+}
 GRANULARITIES: dict[str, type[Granularity]] = {kind.type: kind for kind in (PerChannel, PerBlock, ByFamily)}
 
 

@@ -1,10 +1,9 @@
 """Recipes on small models: what is replaced, what is shared, what is left alone and why."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
+from small_models import logits_of, make_llama, make_windows, run
 from torch import nn
 from transformers import (
     BartConfig,
@@ -13,45 +12,17 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
 
-from gemini.compress.apply import most_sensitive, run_recipe, settled
+from gemini.compress.apply import most_sensitive, settled
 from gemini.compress.calibrate import collect_input_moments, each_input, watch_inputs
 from gemini.compress.gptq import aim_at_targets, gptq
 from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedEmbedding, QuantizedLinear
-from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport
 from gemini.compress.select import embedding_scale, select_layers
 from gemini.compress.specs import PerBlock, PerChannel, QuantizeInt4, QuantizeInt8, QuantizeNF4
 from gemini.errors import RecipeError
-
-
-def make_llama(tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
-def make_windows(count: int = 3, length: int = 24, vocabulary: int = 160) -> list[np.ndarray]:
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, vocabulary, (1, length)) for _ in range(count)]
-
-
-def run(model: nn.Module, *specs, calibration=None):
-    return run_recipe(
-        SimpleNamespace(model=model, family="decoder"), Recipe("test", specs), calibration, progress=False
-    )
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -194,11 +165,6 @@ def test_relative_error_is_weighted_by_the_moments():
     layer = next(layer for layer in report.layers if layer.name == name)
     assert layer.relative_error == pytest.approx(expected, rel=1e-4)  # float32 sums
     assert report.calibration_windows == 3
-
-
-def logits_of(model: nn.Module, windows) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.cat([model(torch.as_tensor(window)).logits for window in windows])
 
 
 def test_gptq_keeps_the_outputs_nearer_and_repeats_itself():
