@@ -46,7 +46,7 @@ def shrink(pixels: Tensor, side: int) -> Tensor:
     return (straight.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
-def draw(pixels: Tensor, generator: torch.Generator, train: bool, flip: Tensor) -> Tensor:
+def draw(pixels: Tensor, generator: torch.Generator, train: bool, flip: Tensor, still: float = 0.0) -> Tensor:
     """Pixels of drawings -> the model's input.
 
     Args:
@@ -54,6 +54,7 @@ def draw(pixels: Tensor, generator: torch.Generator, train: bool, flip: Tensor) 
         generator: the source of all randomness; untouched unless `train`.
         train: vary place, size, colour and background; otherwise composite on white.
         flip: (B,) bool, whether a drawing may be mirrored; half of those are, in training.
+        still: the share of drawings that stay where they are, and as sharp: moving one blurs it.
 
     Returns:
         (B, 3, H, W) float32, (x / 255 - 0.5) / 0.5.
@@ -62,7 +63,11 @@ def draw(pixels: Tensor, generator: torch.Generator, train: bool, flip: Tensor) 
         return on_white(pixels)
     colour, alpha = _premultiplied(pixels)
     colour = _jitter(colour, alpha, generator)
-    moved = _move(torch.cat([colour, alpha], dim=1), flip, generator)
+    image = torch.cat([colour, alpha], dim=1)
+    moved = _move(image, flip, generator)
+    if still:
+        kept = _chosen(generator, len(image), still)
+        moved[kept] = image[kept]
     colour, alpha = moved[:, :3], moved[:, 3:]
     composed = colour + (1 - alpha) * _backgrounds(pixels.shape[:3], generator)
     composed = _restyle(composed, moved, generator)

@@ -23,7 +23,7 @@ from typing import Any
 from gemini.errors import RecipeError
 from gemini.model.recipe_file import read_recipe
 
-BUILTIN = ("nano", "reader", "mimic", "tower", "sketch", "pretrain", "caption", "classify")
+BUILTIN = ("nano", "reader", "mimic", "focus", "tower", "sketch", "pretrain", "caption", "classify")
 HEADS = {  # and the tasks that each can learn
     "generation": ("caption", "continue", "denoise", "classify"),
     "classification": ("classify",),
@@ -43,7 +43,7 @@ class TaskOptions:
     (see ``tasks.read_teacher``), or all-minilm-l6-v2 to have it made (`gemini.model.training.teacher`). In
     targets of reviews they have the weight ``teacher_share``; the file's other texts are learnt too. Drawings
     are shown with ``pixels`` along a side (0: as they are); in training they are redrawn ``redraws`` times
-    beforehand (`gemini.model.data.redraw`).
+    beforehand (`gemini.model.data.redraw`), and the share ``still`` of them is left in place and sharp.
     """
 
     batch: int
@@ -57,6 +57,7 @@ class TaskOptions:
     teacher_share: float = 0.5
     pixels: int = 0
     redraws: int = 0
+    still: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "languages", tuple(self.languages))
@@ -69,6 +70,7 @@ class TaskOptions:
         _check_range("teacher_share", self.teacher_share, 0, 1)
         _check_range("pixels", self.pixels, 0, 64)
         _check_range("redraws", self.redraws, 0, 1000)
+        _check_range("still", self.still, 0, 1)
         if not self.languages or not set(self.languages) <= {"en", "zh"}:
             raise RecipeError(
                 f"`languages` is {list(self.languages)}.", 'Write ["en"], ["zh"] or ["en", "zh"].'

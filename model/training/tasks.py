@@ -65,12 +65,13 @@ class Task(ABC):
 
 
 class Pictures:
-    """The drawings of a split with ``side`` pixels, as they are or, where there are any, redrawn."""
+    """The drawings of a split in the options' size, as they are or, where there are any, redrawn."""
 
-    def __init__(self, corpus: Corpus, side: int) -> None:
+    def __init__(self, corpus: Corpus, options: TaskOptions) -> None:
         self.pixels = torch.from_numpy(corpus.drawings.pixels)
         self.redrawn = corpus.redrawn
-        self.side = side or self.pixels.shape[1]
+        self.side = options.pixels or self.pixels.shape[1]
+        self.still = options.still
         self.flippable = np.array([augment.may_flip(name) for name in corpus.drawings.en])
 
     def draw(self, rows: np.ndarray, generator: np.random.Generator, train: bool) -> torch.Tensor:
@@ -82,7 +83,8 @@ class Pictures:
             pixels[others] = torch.from_numpy(self.redrawn[rows[others], hands[others]])
         noise = torch.Generator().manual_seed(int(generator.integers(2**62)))
         flips = torch.from_numpy(self.flippable[rows])
-        image = augment.draw(augment.shrink(pixels, self.side), noise, train=train, flip=flips)
+        pixels = augment.shrink(pixels, self.side)
+        image = augment.draw(pixels, noise, train=train, flip=flips, still=self.still)
         return image.contiguous(memory_format=torch.channels_last)
 
 
@@ -97,7 +99,7 @@ class CaptionTask(Task):
         drawings = corpus.drawings
         _require(len(drawings), "drawings", "gemini-edge data")
         super().__init__(tokenizer, options, run, [1] * len(drawings), train)
-        self.pictures = Pictures(corpus, options.pixels)
+        self.pictures = Pictures(corpus, options)
         end = [tokenizer.eos_token_id]
         limit = run.decoder_tokens - 1
         names = {"en": drawings.en, "zh": drawings.zh}
@@ -125,7 +127,7 @@ class NameTask(Task):
         self.known = np.array([index for index, name in enumerate(drawings.en) if name in numbers])
         _require(len(self.known), "drawings", "gemini-edge data")
         super().__init__(None, options, run, [1] * len(self.known), train)
-        self.pictures = Pictures(corpus, options.pixels)
+        self.pictures = Pictures(corpus, options)
         self.labels = torch.tensor([numbers[drawings.en[index]] for index in self.known])
 
     def make(self, indices: np.ndarray, generator: np.random.Generator) -> Batch:

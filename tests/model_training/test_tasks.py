@@ -167,7 +167,7 @@ def test_some_drawings_are_shown_by_another_hand(options, cache):
     corpus = load_corpus(cache, "train", ["name"])
     redrawn = np.zeros((len(corpus.drawings), 3, 64, 64, 4), np.uint8)
     redrawn[..., 3] = 255  # black squares, where the originals are noise
-    pictures = Pictures(dataclasses.replace(corpus, redrawn=redrawn), 0)
+    pictures = Pictures(dataclasses.replace(corpus, redrawn=redrawn), TaskOptions(1))
     rows = np.arange(8).repeat(50)
     seen = pictures.draw(rows, np.random.default_rng(0), train=True)
     assert seen.shape == (400, 3, 64, 64)
