@@ -141,13 +141,14 @@ def test_a_drawing_of_the_wanted_size_is_left_as_it_is(pixels: torch.Tensor) -> 
     assert shrink(pixels, 64) is pixels
 
 
-def test_the_share_that_stays_is_as_sharp_as_it_was() -> None:
+def test_a_share_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     stripes = torch.zeros(200, 32, 32, 4, dtype=torch.uint8)
-    stripes[:, :, ::2] = 255  # white, opaque stripes of one pixel: whatever moves them blurs them
+    stripes[:, :, ::2], stripes[..., 3] = 255, 255
+    monkeypatch.setattr("gemini.model.data.augment._move", lambda image, *_: torch.zeros_like(image))
     counts = []
     for still in (0.0, 0.5, 1.0):
-        flips = torch.zeros(200, dtype=torch.bool)
-        moved = draw(stripes, torch.Generator().manual_seed(0), True, flips, still)
-        contrast = (moved[:, :, 8:24, 8:24:2] - moved[:, :, 8:24, 9:24:2]).abs().mean((1, 2, 3))
-        counts.append(int((contrast > 0.9 * contrast.max()).sum()))
-    assert counts[0] < counts[1] < counts[2]
+        shown = draw(stripes, generator(0), True, flips(200), still)
+        contrast = (shown[..., 0::2] - shown[..., 1::2]).abs().mean((1, 2, 3))
+        counts.append(int((contrast > 0.4).sum()))
+    # Some of those that stay are blurred or drawn as lines.
+    assert counts[0] == 0 and 70 < counts[1] < 120 and counts[2] > 160
