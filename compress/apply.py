@@ -16,7 +16,7 @@ from tqdm import tqdm
 from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.fold import fold_batch_norms
 from gemini.compress.layers import Bnb4, Channels, Integers, make_conv, make_copy, make_linear, make_table
-from gemini.compress.plan import LINEAR_FORMATS, TABLE_FORMATS, plan_formats
+from gemini.compress.plan import FORMATS, plan_formats
 from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
 from gemini.compress.select import Selection, select_layers, weight_of
@@ -82,11 +82,11 @@ def quantize_mixed(
             "The pass quantize_mixed needs calibration, and this model has no text to calibrate on.",
             "Use the recipe int4 or int8.",
         )
-    smallest = min(form.block_size for form in LINEAR_FORMATS)
+    smallest = min(form.block_size for form in FORMATS)
     selection = select_layers(model, smallest, spec.skip, smallest, convolutions=True)
     plan = plan_formats(model, selection, windows, spec.target_bpw, progress)
     again = windows if spec.gptq else ()
-    table = plan.table or TABLE_FORMATS[-1]
+    table = plan.table or FORMATS[-1]
     report = _edit(model, spec, selection, plan.formats, table, plan.moments, progress, 0.0, again)
     return replace(report, calibration_windows=len(windows))
 

@@ -23,9 +23,11 @@ from gemini.compress.select import Selection, weight_of
 from gemini.compress.sensitivity import expected_loss, output_fisher
 from gemini.errors import RecipeError
 
-# Every linear chooses among the first, token embedding and head among the second.
-LINEAR_FORMATS = (Integers(4, 64, False, True), Integers(4, 32, False, True), Integers(8, 64))
-TABLE_FORMATS = (Integers(4, 64, False, True), Integers(4, 32, False, True), Integers(8, 64))
+FORMATS = (
+    Integers(4, 64, symmetric=False, search=True),
+    Integers(4, 32, symmetric=False, search=True),
+    Integers(8, 64),
+)
 User = tuple[Tensor | None, Tensor | None]  # of a weight: F of its outputs, E[x^2] of its inputs
 _TABLE = "token embedding and head"
 
@@ -62,14 +64,12 @@ def plan_formats(
         selection.linears, desc="compare formats", unit="layer", delay=2, leave=False, disable=not progress
     ):
         weight = weight_of(model.get_submodule(name))
-        choices[name] = [
-            _choice(form, weight, [(fisher.get(name), moments.get(name))]) for form in LINEAR_FORMATS
-        ]
+        choices[name] = [_choice(form, weight, [(fisher.get(name), moments.get(name))]) for form in FORMATS]
     parameters = sum(weight_of(model.get_submodule(name)).numel() for name in selection.linears)
     if ends:
         table = weight_of(model.get_submodule(ends[0]))
         users = [_lookups(fisher, selection, table), _products(fisher, moments, selection)]
-        choices[_TABLE] = [_choice(form, table, users) for form in TABLE_FORMATS]
+        choices[_TABLE] = [_choice(form, table, users) for form in FORMATS]
         parameters += table.numel() * (1 if selection.tied else len(ends))
     copies = 1 if selection.tied else len(ends)
     if copies > 1:  # both are stored
