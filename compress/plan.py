@@ -69,11 +69,9 @@ def plan_formats(
     if ends:
         table = weight_of(model.get_submodule(ends[0]))
         users = [_lookups(fisher, selection, table), _products(fisher, moments, selection)]
-        choices[_TABLE] = [_choice(form, table, users) for form in FORMATS]
-        parameters += table.numel() * (1 if selection.tied else len(ends))
-    copies = 1 if selection.tied else len(ends)
-    if copies > 1:  # both are stored
-        choices[_TABLE] = [Choice(each.format, copies * each.bytes, each.loss) for each in choices[_TABLE]]
+        copies = 1 if selection.tied else len(ends)
+        choices[_TABLE] = [_choice(form, table, users, copies) for form in FORMATS]
+        parameters += copies * table.numel()
     try:
         chosen = allocate(choices, int(target_bpw * parameters / 8))
     except ValueError as error:
@@ -91,19 +89,19 @@ def plan_formats(
     )
 
 
-def _choice(form: Integers, weight: Tensor, users: Sequence[User]) -> Choice[Integers]:
-    """A format with its bytes and its loss for all who read the weight: pairs (fisher, importance)."""
+def _choice(form: Integers, weight: Tensor, users: Sequence[User], copies: int = 1) -> Choice[Integers]:
+    """A format with its bytes, for each copy stored, and its loss for all who read the weight."""
     seen = [
         (fisher, importance) for fisher, importance in users if fisher is not None and importance is not None
     ]
     made = quantized(weight, form, seen[-1][1] if seen else None)
     approximation = made.dequantized()
-    return Choice(form, made.nbytes(), sum(expected_loss(weight, approximation, *pair) for pair in seen))
+    return Choice(
+        form, copies * made.nbytes(), sum(expected_loss(weight, approximation, *pair) for pair in seen)
+    )
 
 
-def _lookups(
-    fisher: dict[str, Tensor], selection: Selection, table: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _lookups(fisher: dict[str, Tensor], selection: Selection, table: Tensor) -> User:
     """A look-up is a product of the table's transpose with a one-hot row; here, every row is as likely.
 
     In the form of `expected_loss`, where rows are outputs: F_d and the row's share change places.
