@@ -31,9 +31,10 @@ from gemini.export.exporter import export_checkpoint
 from gemini.judges import Judge, make_judge
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
 from gemini.pair_judge import calibration_feeds
-from gemini.samples import text_windows
+from gemini.samples import sentence_windows, text_windows
 
 CALIBRATION_WINDOWS, CALIBRATION_WINDOW = 12, 256
+CALIBRATION_SENTENCES = 100
 
 
 def compress_model(
@@ -170,9 +171,11 @@ def _texts(eval_text: str | None, calibration: str | None) -> dict[str, TextSour
 
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource) -> list[Any] | None:
     """Token windows for recipes that look at activations; None for those that do not."""
-    looks = any(getattr(spec, "search", False) or getattr(spec, "gptq", False) for spec in recipe.specs)
+    looks = any(getattr(spec, key, False) for spec in recipe.specs for key in ("search", "gptq", "smoothing"))
     if checkpoint.tokenizer is None or not looks:
         return None
+    if checkpoint.family == "encoder":
+        return sentence_windows(checkpoint, text, CALIBRATION_SENTENCES)
     return text_windows(checkpoint, text, CALIBRATION_WINDOWS, CALIBRATION_WINDOW)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gemini.benchmarks.text import TextSource, token_windows
+from gemini.benchmarks.text import TextSource, split_sentences, spread, token_windows
 from gemini.model.checkpoint import Checkpoint
 
 WINDOW, WINDOWS = 512, 4
@@ -25,6 +25,17 @@ def pictures(shape: Sequence[int], count: int = IMAGES) -> torch.Tensor:
     coarse = torch.randn(count, shape[0], 4, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=tuple(shape[1:]), mode="bilinear")
     return smooth + 0.1 * torch.randn(smooth.shape, generator=generator)
+
+
+def sentence_windows(checkpoint: Checkpoint, text: TextSource, count: int) -> list[NDArray[np.int64]]:
+    """``count`` sentences (1, S) as an encoder reads them: between special tokens, where its outliers are."""
+    assert checkpoint.tokenizer is not None
+    longest = checkpoint.context_length
+    ids = [
+        checkpoint.tokenizer(sentence, truncation=longest is not None, max_length=longest)["input_ids"]
+        for sentence in spread(split_sentences(text.text), count)
+    ]
+    return [np.array([row]) for row in ids]
 
 
 def text_windows(

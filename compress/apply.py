@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from gemini.compress.plan import FORMATS, plan_formats
 from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
 from gemini.compress.select import Selection, select_layers, weight_of
+from gemini.compress.smooth import smoothing_divisors
 from gemini.compress.specs import (
     ByFamily,
     PerBlock,
@@ -53,7 +55,11 @@ def quantize_int8(
     )
     linear = Integers(8, size) if per_block else Channels()
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
-    return _edit(model, spec, selection, formats, Integers(8, size), {}, progress)
+    divisors: dict[str, Tensor] = {}
+    if spec.smoothing and windows and not per_block:
+        divisors = smoothing_divisors(model, windows, selection.linears, spec.smoothing, progress)
+    report = _edit(model, spec, selection, formats, Integers(8, size), {}, progress, divisors=divisors)
+    return replace(report, calibration_windows=len(windows) if divisors else 0)
 
 
 def quantize_int4(
@@ -153,6 +159,7 @@ def _edit(
     progress: bool,
     sensitive_share: float = 0.0,
     windows: Sequence[Window] = (),
+    divisors: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> PassReport:
     """Pack every selected layer, widen the most sensitive ones, then put the packed ones into the model.
 
@@ -160,7 +167,7 @@ def _edit(
     """
     packed: dict[str, tuple[nn.Module, LayerReport]] = {}
     for name in tqdm(formats, desc=spec.type, unit="layer", delay=2, leave=False, disable=not progress):
-        packed[name] = _pack(model, name, formats[name], moments.get(name))
+        packed[name] = _pack(model, name, formats[name], moments.get(name), divisor=divisors.get(name))
     wide = most_sensitive([report for _, report in packed.values()], sensitive_share)
     formats = {**formats, **dict.fromkeys(wide, Integers(8, table.block_size))}
     for name in wide:
@@ -184,10 +191,11 @@ def _pack(
     form: Format,
     importance: Tensor | None = None,
     statistics: Statistics | None = None,
+    divisor: Tensor | None = None,
 ) -> tuple[nn.Module, LayerReport]:
     old = model.get_submodule(name)
     weight = weight_of(old)
-    new = make_linear(weight, old.bias, form, importance, statistics=statistics)
+    new = make_linear(weight, old.bias, form, importance, statistics=statistics, divisor=divisor)
     if statistics is not None:
         importance = statistics.hessian.diagonal()
     return new, layer_report(name, "linear", weight, new, importance)

@@ -48,15 +48,18 @@ def make_linear(
     importance: Tensor | None = None,
     shared: QuantizedEmbedding | None = None,
     statistics: Statistics | None = None,
+    divisor: Tensor | None = None,
 ) -> nn.Module:
     """The packed layer for a float weight (N, K); with ``shared`` it uses the buffers of that table.
 
-    ``statistics`` of its inputs make integer codes those of GPTQ.
+    ``statistics`` of its inputs make integer codes those of GPTQ. With a format per channel the inputs are
+    divided by ``divisor`` (K,).
     """
     rows, columns = weight.shape
     kept = None if bias is None else bias.detach().clone()
     if isinstance(form, Channels):
-        return ChannelwiseLinear(*quantize_channels(weight), kept)
+        scaled = weight if divisor is None else weight * divisor
+        return ChannelwiseLinear(*quantize_channels(scaled), kept, divisor)
     if isinstance(form, Bnb4):
         packed, absmax = quantize_bnb4(weight, form.block_size)
         return Bnb4Linear(columns, rows, packed, absmax, form.block_size, NF4, kept)

@@ -95,23 +95,32 @@ class QuantizedLinear(nn.Module):
 
 
 class ChannelwiseLinear(nn.Module):
-    """A linear layer with int8 weights and one scale per output channel (DynamicQuantizeMatMul)."""
+    """A linear layer with int8 weights and one scale per output channel (DynamicQuantizeMatMul).
+
+    With a ``divisor`` the input is divided by it first, and the codes stand for the weight times it.
+    """
 
     qweight: Tensor
     scales: Tensor
     bias: Tensor | None
+    divisor: Tensor | None
 
-    def __init__(self, qweight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
-        """``qweight`` int8 (out_features, in_features), ``scales`` float32 (out_features,)."""
+    def __init__(
+        self, qweight: Tensor, scales: Tensor, bias: Tensor | None = None, divisor: Tensor | None = None
+    ) -> None:
+        """``qweight`` int8 (out_features, in_features), ``scales`` float32 (out_features,), ``divisor``
+        float32 (in_features,)."""
         super().__init__()
         self.out_features, self.in_features = qweight.shape
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
+        self.register_buffer("divisor", divisor)
 
     def dequantized(self) -> Tensor:
-        """The weight as float32 (out_features, in_features)."""
-        return self.qweight.float() * self.scales.unsqueeze(-1)
+        """The weight as float32 (out_features, in_features), for inputs that nothing has divided."""
+        weight = self.qweight.float() * self.scales.unsqueeze(-1)
+        return weight if self.divisor is None else weight / self.divisor
 
     @property
     def weight(self) -> Tensor:

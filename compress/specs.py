@@ -57,12 +57,14 @@ Granularity = PerChannel | PerBlock | ByFamily
 class QuantizeInt8:
     """Weights of linears and convolutions and the token embedding at 8 bits, round to nearest, symmetric.
 
-    A convolution has one scale an output channel, and its activations stay float. ``skip`` holds glob
-    patterns over module names that stay fp32.
+    A convolution has one scale an output channel, and its activations stay float. ``smoothing`` moves so much
+    of the activations' range into the weights of linears per channel (`gemini.compress.smooth`; 0: nothing);
+    it needs calibration. ``skip`` holds glob patterns over module names that stay fp32.
     """
 
     type: ClassVar[str] = "quantize_int8"
     granularity: Granularity = field(default_factory=ByFamily)
+    smoothing: float = 0.0
     embeddings: bool = True
     skip: tuple[str, ...] = ()
 
@@ -72,6 +74,7 @@ class QuantizeInt8:
                 f"`granularity` of quantize_int8 is {self.granularity!r}.",
                 'Write { type = "per_channel" } or { type = "per_block", size = 64 }.',
             )
+        _check_share("smoothing", self.smoothing)
         _check_bool("embeddings", self.embeddings)
         _check_globs(self.skip)
 

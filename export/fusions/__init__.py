@@ -6,6 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript.optimizer import fold_constants
 
+from gemini.export.fusions.factors import share_factors
 from gemini.export.fusions.layout import drop_no_ops, drop_transpose_pairs, fix_reshapes, join_reshapes
 from gemini.export.fusions.merge_projections import merge_qkv, pack_qkv
 from gemini.export.fusions.skip_norm import fuse_skip_norm
@@ -21,6 +22,7 @@ FUSIONS = (
     join_reshapes,
     drop_no_ops,
     fix_reshapes,
+    share_factors,
     pack_qkv,
     merge_qkv,
     fuse_skip_norm,

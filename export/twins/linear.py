@@ -58,8 +58,11 @@ class ChannelwiseTwin(nn.Module):
         self.register_buffer("scales", layer.scales)
         self.register_buffer("zero_points", torch.zeros_like(layer.scales, dtype=torch.int8))
         self.register_buffer("bias", layer.bias)
+        self.register_buffer("factor", None if layer.divisor is None else 1 / layer.divisor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.factor is not None:
+            x = x * self.factor
         inputs = (x, self.weight, self.scales, self.zero_points, self.bias)
         return emit(f"{CONTRIB}::DynamicQuantizeMatMul", inputs, {}, (*x.shape[:-1], self.weight.shape[1]))
 

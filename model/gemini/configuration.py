@@ -68,6 +68,8 @@ class GeminiConfig(PreTrainedConfig):
         image_size: height and width of the pixels, a multiple of 2 to the number of stages.
         image_channels: widths of the stages of the convolutional tower, each of which halves the grid: four
             make 16 vectors of 64 x 64 pixels.
+        image_blur: how much of each pixel is the mean with its neighbours (weights 1, 2, 1), 0 to 1. Half of it
+            softens as much as moving a picture does, on average, at the finest detail that pixels can hold.
         dropout: on embeddings and on the output of every attention and feed-forward part.
         attention_dropout: on attention weights.
 
@@ -93,6 +95,7 @@ class GeminiConfig(PreTrainedConfig):
     joint_layers: int = 1
     image_size: int = 64
     image_channels: list[int] | tuple[int, ...] = (40, 80, 160, 256)
+    image_blur: float | int = 0.0
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -151,6 +154,8 @@ def _check(config: GeminiConfig) -> None:
     for name in ("dropout", "attention_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} is {getattr(config, name)}.", "Give a fraction from 0 to below 1.")
+    if not 0 <= config.image_blur <= 1:
+        raise UsageError(f"image_blur is {config.image_blur}.", "Give a fraction from 0 to 1.")
     if config.hidden_size % config.num_attention_heads:
         raise UsageError(
             f"hidden_size {config.hidden_size} cannot be shared by {config.num_attention_heads} heads.",

@@ -59,6 +59,19 @@ class ResidualBlock(nn.Module):
         return nn.functional.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
+def soften(pixels: torch.Tensor, blur: float) -> torch.Tensor:
+    """Pixels (B, C, H, W) mixed with their mean over 3 x 3 neighbours, weights (1, 2, 1) both ways.
+
+    Hands differ most in the finest lines, so those are the worst to go by.
+    """
+    if not blur:
+        return pixels
+    around = nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate")
+    for _ in range(2):  # pairs of neighbours, twice
+        around = nn.functional.avg_pool2d(around, 2, stride=1)
+    return torch.lerp(pixels, around, blur)
+
+
 class ImageEmbedder(nn.Module):
     """Pixels (B, 3, H, W) -> (B, (H / S) * (W / S), D) with S = 2 ** stages: a residual tower, a projection.
 
@@ -80,6 +93,7 @@ class ImageEmbedder(nn.Module):
         self.projection = nn.Linear(last, config.hidden_size)
         self.positions = GridPositions(config.image_grid, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
+        self.blur = float(config.image_blur)
 
     @property
     def tower(self) -> nn.Module:
@@ -88,7 +102,7 @@ class ImageEmbedder(nn.Module):
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What each cell of the grid shows, not where it stands; pixels may be of any size."""
-        grid = self.stages(self.stem(pixel_values))
+        grid = self.stages(self.stem(soften(pixel_values, self.blur)))
         return self.projection(grid.flatten(2).transpose(1, 2))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,7 @@ def _after_first(
     before = load_options(options.first)
     own = folder / before.name
     if not (own / "training.json").exists():
-        shape = {**before.model, **options.model}
+        shape = {**options.model, **before.model}
         before = replace(before, minutes=minutes, size=options.size, seed=options.seed, model=shape)
         train(before, own, cache, resume=True, show=show)
     return replace(options, start=str(own))

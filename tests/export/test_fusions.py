@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from gemini.export.fusions import layout, merge_projections, skip_norm
+from gemini.export.fusions import factors, layout, merge_projections, skip_norm
 from gemini.export.fusions.patterns import new_initializer
 
 F = onnx.TensorProto.FLOAT
@@ -138,3 +138,25 @@ def test_name_that_exists_is_refused():
     new_initializer(graph, "twice", np.ones(2, np.float32))
     with pytest.raises(AssertionError):
         new_initializer(graph, "twice", np.ones(2, np.float32))
+
+
+def _scaled(second: str) -> ir.Model:
+    return _model(
+        "g (float[2,3] x) => (float[2,3] y, float[2,3] z) <float[3] c = {1, 2, 4}, float[3] d = {1, 2, 4}, "
+        f"float[3] e = {{1, 2, 5}}> {{ a = Mul(x, c) b = {second} y = Relu(a) z = Neg(b) }}"
+    )
+
+
+def test_equal_factors_of_one_value_are_applied_once():
+    model = _scaled("Mul(x, d)")
+    assert factors.share_factors(model.graph) == 1
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    for ours, theirs in zip(_run(model, {"x": x}), _run(_scaled("Mul(x, d)"), {"x": x}), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # The second product is now unread; the clean-up pass removes it.
+    assert sum(bool(node.outputs[0].uses()) for node in model.graph if node.op_type == "Mul") == 1
+
+
+@pytest.mark.parametrize("second", ["Mul(x, e)", "Mul(a, d)"])
+def test_other_factors_and_other_values_keep_their_own(second):
+    assert factors.share_factors(_scaled(second).graph) == 0

@@ -17,6 +17,7 @@ from gemini.model.gemini import GeminiConfig
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"hidden_size": 9, "num_attention_heads": 1, "positions": "sinusoidal"}, "hidden_size 9"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"image_blur": 1.5}, "image_blur is 1.5"),
         ({"positions": "rotary"}, "'rotary'"),
         ({"fusion": "middle"}, "'middle'"),
         ({"fusion": "late", "encoder_layers": 1}, "each modality"),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers.models.resnet.modeling_resnet import ResNetBasicLayer
 
-from gemini.model.gemini.embedders import ImageEmbedder, ResidualBlock
+from gemini.model.gemini import GeminiConfig
+from gemini.model.gemini.embedders import ImageEmbedder, ResidualBlock, soften
 
 TOLERANCE = 1e-5  # float32 sums in another order
 
@@ -52,3 +53,21 @@ def test_statistics_of_the_norms_follow_training(tiny: Any) -> None:
     before = embedder.stem[1].running_mean.clone()
     embedder(torch.randn(4, 3, 16, 16) + 3)
     assert not torch.equal(embedder.stem[1].running_mean, before)
+
+
+def test_softening_is_a_convolution_with_the_binomial_kernel():
+    pixels = torch.randn(2, 3, 8, 9)
+    line = torch.tensor([1.0, 2.0, 1.0])
+    kernel = (line[:, None] * line / 16).expand(3, 1, 3, 3)
+    around = torch.nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate")
+    blurred = torch.nn.functional.conv2d(around, kernel, groups=3)
+    for blur in (0.0, 0.3, 1.0):
+        torch.testing.assert_close(soften(pixels, blur), (1 - blur) * pixels + blur * blurred)
+
+
+def test_a_tower_softens_what_it_sees():
+    torch.manual_seed(0)
+    sharp, soft = (ImageEmbedder(GeminiConfig(image_blur=blur)).eval() for blur in (0.0, 0.5))
+    soft.load_state_dict(sharp.state_dict())
+    pixels = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(soft(pixels), sharp(soften(pixels, 0.5)))
