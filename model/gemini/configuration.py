@@ -68,8 +68,8 @@ class GeminiConfig(PreTrainedConfig):
         image_size: height and width of the pixels, a multiple of 2 to the number of stages.
         image_channels: widths of the stages of the convolutional tower, each of which halves the grid: four
             make 16 vectors of 64 x 64 pixels.
-        image_blur: how much of each pixel is the mean with its neighbours (weights 1, 2, 1), 0 to 1. Half of it
-            softens as much as moving a picture does, on average, at the finest detail that pixels can hold.
+        image_blur: how much of each pixel is its mean with its neighbours (weights 1, 2, 1), 0 to 1. A half
+            softens as much as moving a picture does on average, at the finest detail that pixels can hold.
         dropout: on embeddings and on the output of every attention and feed-forward part.
         attention_dropout: on attention weights.
 
