@@ -17,6 +17,11 @@ def words_of(text: str) -> list[tuple[str, str]]:
     return [(word, space) for word, space in _WORD.findall(text)]
 
 
+def is_han(word: str) -> bool:
+    """Whether a word is a Chinese character."""
+    return re.fullmatch(f"[{_HAN}]", word) is not None
+
+
 def noise_text(text: str, generator: np.random.Generator, share: float = 0.1) -> str:
     """The text with about `share` of its words dropped, swapped with the one before, or misspelt."""
     words = words_of(text)

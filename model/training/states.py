@@ -28,7 +28,7 @@ from gemini.errors import DataError
 from gemini.model.catalog import find
 from gemini.model.checkpoint import load_checkpoint
 from gemini.model.data import load_sentiment, load_stories
-from gemini.model.data.noise import words_of
+from gemini.model.data.noise import is_han, words_of
 from gemini.model.training.order import step_seed
 from gemini.model.training.state import write_atomically
 
@@ -121,8 +121,13 @@ def variants(texts: Sequence[str], count: int = VARIANTS) -> list[str]:
                 new = new + other[int(generator.integers(len(other))) :]
             else:
                 new = [word for word in own if generator.random() > 0.25] or own
-            made.append("".join(word + (space or " ") for word, space in new[:64]).strip())
+            made.append("".join(word + (space or _gap(word)) for word, space in new[:64]).strip())
     return made
+
+
+def _gap(word: str) -> str:
+    """What parts a word from one that did not follow it: nothing after a Chinese character."""
+    return "" if is_han(word) else " "
 
 
 def bare_words(tokenizer: Any) -> list[str]:

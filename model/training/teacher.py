@@ -25,7 +25,7 @@ from gemini.model.training.state import write_atomically
 from gemini.model.training.states import ENCODER, ensure_states, features, load_arrays, variants
 
 SURE = 0.35  # how far from 1/2 the label of what is no review must be to be worth learning
-FOLDS = 5
+FOLDS = 5  # shuffled: reviews of one kind of shop stand together, and a teacher must have seen each kind
 
 Row = dict[str, Any]  # {"text", "language", "positive"}
 Predict = Callable[[Sequence[str]], NDArray[np.floating]]  # texts -> probabilities of being positive
@@ -34,7 +34,7 @@ Predict = Callable[[Sequence[str]], NDArray[np.floating]]  # texts -> probabilit
 def english_labels(cache: Path, *, show: bool = False) -> tuple[list[Row], Predict]:
     """Labels of the reviews, of texts made from them, and of others as far as it is sure; and the teacher."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_predict
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -43,7 +43,13 @@ def english_labels(cache: Path, *, show: bool = False) -> tuple[list[Row], Predi
     known = {review.text: review.label for review in load_sentiment(cache, "train", "en")}
     labels = [known[text] for text in texts[:count]]
     teacher = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
-    held_out = cross_val_predict(teacher, states[:count], labels, cv=FOLDS, method="predict_proba")[:, 1]
+    held_out = cross_val_predict(
+        teacher,
+        states[:count],
+        labels,
+        cv=StratifiedKFold(FOLDS, shuffle=True, random_state=0),
+        method="predict_proba",
+    )[:, 1]
     positive = teacher.fit(states[:count], labels).predict_proba(states)[:, 1]
     positive[:count] = held_out
     rows = [
@@ -61,12 +67,18 @@ def english_labels(cache: Path, *, show: bool = False) -> tuple[list[Row], Predi
 
 def chinese_labels(cache: Path) -> tuple[list[Row], Predict]:
     """Labels of the reviews and of a text made from each, and the teacher."""
-    from sklearn.model_selection import cross_val_predict
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     reviews = load_sentiment(cache, "train", "zh")
     texts, labels = [review.text for review in reviews], [review.label for review in reviews]
     teacher = log_count_teacher()
-    held_out = cross_val_predict(teacher, texts, labels, cv=FOLDS, method="predict_proba")[:, 1]
+    held_out = cross_val_predict(
+        teacher,
+        texts,
+        labels,
+        cv=StratifiedKFold(FOLDS, shuffle=True, random_state=0),
+        method="predict_proba",
+    )[:, 1]
     own = set(texts)
     made = [text for text in dict.fromkeys(variants(texts, 1)) if text not in own]
     teacher.fit(texts, labels)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gemini.compress.apply import most_sensitive, settled
 from gemini.compress.calibrate import collect_input_moments, each_input, watch_inputs
-from gemini.compress.gptq import aim_at_targets, gptq
+from gemini.compress.gptq import gptq
 from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedEmbedding, QuantizedLinear
 from gemini.compress.reports import LayerReport
 from gemini.compress.select import embedding_scale, select_layers
@@ -188,20 +188,16 @@ def test_gptq_keeps_the_outputs_nearer_and_repeats_itself():
 def test_gptq_quantizes_each_block_for_what_the_ones_before_put_out():
     """The second block against GPTQ done by hand on inputs caught behind the first, quantized, block."""
     windows, spec = make_windows(12, 48), QuantizeInt4(block_size=32, gptq=True, embedding_bits=32)
-    original, model = make_llama(), make_llama()
+    model = make_llama()
     run(model, spec, calibration=windows)
     half = make_llama()
     half.model.layers[0] = model.model.layers[0]
     name = "model.layers.1.mlp.gate_proj"
-    caught = {}
-    for key, each in (("target", original), ("input", half)):
-        rows = []
-        with each_input({name: each.get_submodule(name)}, lambda _, x, rows=rows: rows.append(x[0])):
-            logits_of(each, windows)
-        caught[key] = torch.cat(rows).double()
-    hessian = caught["input"].T @ caught["input"] / len(caught["input"])
-    cross = caught["target"].T @ caught["input"] / len(caught["input"])
-    weight = aim_at_targets(original.get_submodule(name).weight, hessian, cross)
+    rows = []
+    with each_input({name: half.get_submodule(name)}, lambda _, x: rows.append(x[0])):
+        logits_of(half, windows)
+    inputs = torch.cat(rows).double()
+    weight, hessian = make_llama().get_submodule(name).weight, inputs.T @ inputs / len(inputs)
     expected = gptq(weight, hessian, bits=4, block_size=32).dequantized()
     made = model.get_submodule(name).dequantized()
     # Sums in another order may tip a code that lies between two.

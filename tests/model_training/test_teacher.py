@@ -115,7 +115,7 @@ def test_english_reviews_are_labelled_by_who_did_not_see_them(invented, tmp_path
     counts = states.features(Encoder, [review.text for review in reviews])
     labels = np.array([review.label for review in reviews])
     found = np.array([row["positive"] for row in rows[:100]])
-    for others, fold in StratifiedKFold(5).split(counts, labels):
+    for others, fold in StratifiedKFold(5, shuffle=True, random_state=0).split(counts, labels):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
         model.fit(counts[others], labels[others])
         # States are kept as float16, probabilities with four digits.
@@ -145,3 +145,8 @@ def test_the_file_of_labels_is_made_once(invented, tmp_path):
     assert path.read_bytes() == (tmp_path / "labels.jsonl").read_bytes()
     path.write_text("kept")
     assert teacher.ensure_labels(tmp_path).read_text() == "kept"
+
+
+def test_parts_of_chinese_reviews_are_joined_as_they_were_written():
+    made = states.variants(["这家店很好", "房间不大"], 30)
+    assert not any(" " in text for text in made) and {"这家店很好"} < set(made)
