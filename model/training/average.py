@@ -1,13 +1,13 @@
-"""Averages of weights: the running average of one run, and the plain mean over several checkpoints.
+"""The running average of a run's weights (Polyak and Juditsky, 1992).
 
-The running average (Polyak and Juditsky, 1992) is what a run is judged by and what it saves: it is worth
-several annealed epochs, and it costs one pass over the weights a step.
+It is what a run is judged by and what it saves: it is worth several annealed epochs, and it costs one pass
+over the weights a step.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -45,14 +45,6 @@ class RunningAverage:
             yield
         finally:
             _assign(model, own)
-
-
-def mean_weights(checkpoints: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of each tensor over checkpoints of one run (Wortsman et al., 2022, "uniform soup")."""
-    return {
-        name: torch.stack([weights[name].float() for weights in checkpoints]).mean(0).to(tensor.dtype)
-        for name, tensor in checkpoints[0].items()
-    }
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def judge_captions(
 
 @torch.inference_mode()
 def label_probabilities(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 64, longest: int = 96
+    model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 64, longest: int = 160
 ) -> Tensor:
     """(N, 2): the probability of each label, from either head; texts of like length share a batch."""
     prompts = [classify_prompt(text) for text in texts]

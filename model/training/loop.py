@@ -276,7 +276,8 @@ def _finish(run: Run, cache: Path) -> dict[str, Any]:
     run.log.say("judging the result on the test split")
     figures, samples = judge_result([run.model], run.tokenizer, options, cache)
     summary = {
-        "recipe": options.to_dict(),
+        # The folder's name alone: the summary is published, and where this machine keeps things is not.
+        "recipe": {**options.to_dict(), "start": Path(options.start).name},
         "steps": done.step,
         "minutes": round(done.elapsed / 60, 2),
         "best_step": done.best_step,

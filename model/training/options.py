@@ -140,6 +140,12 @@ class TrainingOptions:
             )
         for name in self.tasks:
             _check_choice("task", name, HEADS[self.head])
+        attacked = any(task.adversarial for task in self.tasks.values())
+        if self.head == "image-classification" and (self.freeze_tower or self.lora_rank or attacked):
+            raise RecipeError(
+                "Head image-classification has nothing but the tower, and no tokens to embed.",
+                "Leave out `freeze_tower`, `lora_rank` and `adversarial`.",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; ``from_dict`` is the inverse."""

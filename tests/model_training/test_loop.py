@@ -167,6 +167,7 @@ def test_the_classifier_starts_from_a_checkpoint_with_lora_and_fgm(finished, opt
     folder = tmp_path / "classifier"
     summary = train(run, folder, cache)
     assert summary["test"]["sentiment_zh_count"] == 16
+    assert summary["recipe"]["start"] == finished[0].name
     before, after = load_file(finished[0] / "model.safetensors"), load_file(folder / "model.safetensors")
     assert not any("lora" in name for name in after)
     same = "encoder.text.positions.table.weight"

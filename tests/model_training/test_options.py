@@ -23,6 +23,10 @@ def test_built_in_recipes_survive_a_round_trip(name):
         ({"tasks": {"translate": {"batch": 4}}}, "`task` is 'translate'"),
         ({"tasks": {}}, "no task"),
         ({"tasks": {"caption": {"batch": 4}}, "head": "classification"}, "Choose classify"),
+        (
+            {"head": "image-classification", "tasks": {"name": {"batch": 4}}, "freeze_tower": True},
+            "Leave out `freeze_tower`",
+        ),
         ({"fusion": "none"}, "Choose early, late, hybrid"),
         ({"learning_rate": "fast"}, "`learning_rate` is 'fast'"),
         ({"minutes": float("nan")}, "`minutes` is nan"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from gemini.errors import CheckpointError
 from gemini.model.training import state
-from gemini.model.training.average import RunningAverage, mean_weights
+from gemini.model.training.average import RunningAverage
 from gemini.model.training.losses import make_optimizer
 from gemini.model.training.state import Progress
 
@@ -92,9 +92,3 @@ def test_the_running_average_follows_its_formula(network):
     with average.applied(network):
         torch.testing.assert_close(network[3].weight.detach(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(network[3].weight, own)
-
-
-def test_the_mean_of_checkpoints():
-    checkpoints = [{"a": torch.full((2,), value), "n": torch.tensor(4)} for value in (1.0, 2.0, 6.0)]
-    mean = mean_weights(checkpoints)
-    assert mean["a"].tolist() == [3.0, 3.0] and mean["n"].item() == 4
