@@ -55,10 +55,8 @@ class TextTokenizer:
             raise RequestError("The prompt is empty.", "Give at least one character.")
         return ids
 
-    def encode_batch(
-        self, texts: Sequence[str], context_length: int, pad_id: int | None = None
-    ) -> TokenBatch:
-        """Encode texts with their special tokens, cut each at ``context_length`` and pad to the longest.
+    def encode_rows(self, texts: Sequence[str], context_length: int) -> list[Encoding]:
+        """Each text with its special tokens, cut at ``context_length``.
 
         Cutting keeps the special tokens at the end: it removes text, as the model was trained.
         """
@@ -66,6 +64,10 @@ class TextTokenizer:
         for row, encoding in enumerate(encodings):
             if len(encoding.ids) > context_length:
                 encodings[row] = self._truncated(texts[row], context_length)
+        return encodings
+
+    def stack(self, encodings: Sequence[Encoding], pad_id: int | None = None) -> TokenBatch:
+        """One batch of encoded texts, padded to the longest."""
         shape = (len(encodings), max(len(encoding.ids) for encoding in encodings))
         if shape[1] == 0:
             raise RequestError("A text is empty and this tokenizer adds nothing to it.", "Give some text.")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gemini.errors import BundleError, RequestError
-from gemini.runtime import Embedder, TextClassifier, load
+from gemini.runtime import Embedder, TextClassifier, encoder, load
 from gemini.runtime.encoder import scores
 
 TEXTS = ["one two", "the sea is grey and the wind is cold", "", "a", "你好 🙂", "the road " * 30]
@@ -29,17 +29,32 @@ def test_embeddings_equal_the_reference_in_any_order_and_batch(new_encoder):
 
 
 def test_padding_uses_the_id_of_the_tokenizer_or_of_the_manifest(new_encoder):
-    session = load(new_encoder("feature-extraction").path, threads=1)
-    batch = session.tokenizer.encode_batch(["a", "one two the"], 24)
+    tokenizer = load(new_encoder("feature-extraction").path, threads=1).tokenizer
+    rows = tokenizer.encode_rows(["a", "one two the"], 24)
+    batch = tokenizer.stack(rows)
     assert batch.attention_mask[0].tolist() == [1, 1, 1, *[0] * (batch.input_ids.shape[1] - 3)]
     assert set(batch.input_ids[0, 3:].tolist()) == {2}
-    assert session.tokenizer.encode_batch(["a", "one two the"], 24, pad_id=7).input_ids[0, -1] == 7
+    assert tokenizer.stack(rows, pad_id=7).input_ids[0, -1] == 7
+
+
+def test_a_batch_holds_texts_of_one_length_so_that_nothing_is_padded(new_encoder, monkeypatch):
+    monkeypatch.setattr(encoder, "WINDOW", 2)  # six texts a window, so several
+    session = load(new_encoder("feature-extraction").path, threads=1)
+    texts = [*TEXTS, "two one", "b", "c", "d", "e"]
+    seen = []
+    for positions, tokens in session._encoder.batches(texts, 3):
+        assert tokens.attention_mask.all() and 1 <= len(positions) <= 3
+        for position, ids in zip(positions, tokens.input_ids.tolist(), strict=True):
+            assert ids == token_ids(session, texts[position])
+        seen.append(positions)
+    assert sorted(position for positions in seen for position in positions) == list(range(len(texts)))
+    assert max(map(len, seen)) == 3
 
 
 def test_a_long_text_is_cut_at_the_context_and_keeps_its_special_tokens(new_encoder):
     session = load(new_encoder("feature-extraction").path, threads=1)
-    ids = session.tokenizer.encode_batch(["the road " * 30], 24).input_ids
-    assert ids.shape == (1, 24) and (ids[0, 0], ids[0, -1]) == (0, 1)
+    (row,) = session.tokenizer.encode_rows(["the road " * 30], 24)
+    assert len(row.ids) == 24 and (row.ids[0], row.ids[-1]) == (0, 1)
 
 
 @pytest.mark.parametrize("problem", [None, "single_label", "multi_label", "regression"])
