@@ -17,10 +17,10 @@ from tqdm import tqdm
 from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.fold import fold_batch_norms
 from gemini.compress.layers import Bnb4, Channels, Integers, make_conv, make_copy, make_linear, make_table
-from gemini.compress.plan import FORMATS, plan_formats
+from gemini.compress.plan import FORMATS, plan_formats, scan_formats
 from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
-from gemini.compress.select import Selection, select_layers, weight_of
+from gemini.compress.select import Selection, Skipped, select_layers, weight_of
 from gemini.compress.smooth import smoothing_divisors
 from gemini.compress.specs import (
     ByFamily,
@@ -88,13 +88,32 @@ def quantize_mixed(
             "The pass quantize_mixed needs calibration, and this model has no text to calibrate on.",
             "Use the recipe int4 or int8.",
         )
-    smallest = min(form.block_size for form in FORMATS)
-    selection = select_layers(model, smallest, spec.skip, smallest, convolutions=True)
-    plan = plan_formats(model, selection, windows, spec.target_bpw, progress)
+    selection = select_mixed(model, spec)
+    chosen = spec.formats
+    if not chosen:
+        scan = scan_formats(model, selection, windows, progress)
+        chosen = plan_formats(scan, target_bpw=spec.target_bpw).formats
+    formats: dict[str, Format] = {name: FORMATS[chosen[name]] for name in selection.linears if name in chosen}
+    kept = [
+        Skipped(name, "the recipe names no format for it") for name in selection.linears if name not in chosen
+    ]
+    end = selection.embedding or selection.head
+    table = FORMATS[chosen[end]] if end in chosen else None
+    if table is None:
+        selection = replace(selection, embedding=None, head=None, copies=())
+    watched = [*formats, *([selection.head] if selection.head else [])]
+    moments = collect_input_moments(model, windows, watched, progress, every_logit=True)
     again = windows if spec.gptq else ()
-    table = plan.table or FORMATS[-1]
-    report = _edit(model, spec, selection, plan.formats, table, plan.moments, progress, 0.0, again)
-    return replace(report, calibration_windows=len(windows))
+    report = _edit(
+        model, spec, selection, formats, table or FORMATS["int8-64"], moments, progress, 0.0, again
+    )
+    return replace(report, skipped=[*report.skipped, *kept], calibration_windows=len(windows))
+
+
+def select_mixed(model: nn.Module, spec: QuantizeMixed) -> Selection:
+    """The layers that every one of the formats fits."""
+    smallest = min(form.block_size for form in FORMATS.values())
+    return select_layers(model, smallest, spec.skip, smallest, convolutions=True)
 
 
 def quantize_nf4(

@@ -1,7 +1,8 @@
-"""Mixed precision: which layer gets which format, when a weight may cost so many bits on average.
+"""Mixed precision: which layer gets which format, when bytes are few or little may be lost.
 
-    plan = plan_formats(model, selection, windows, target_bpw=5.0)
-    plan.formats["model.layers.0.mlp.up_proj"]      # Integers(4, 32, ...)
+    scan = scan_formats(model, selection, windows)
+    plan = plan_formats(scan, target_bpw=5.0)
+    plan.formats["model.layers.0.mlp.up_proj"]      # "int4-32", a key of FORMATS
 
 A format's price is its stored bytes, its loss the divergence that `gemini.compress.sensitivity` expects of
 the weight it would leave; `gemini.compress.allocate` spends the bytes.
@@ -9,7 +10,7 @@ the weight it would leave; `gemini.compress.allocate` spends the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,45 +22,43 @@ from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.layers import Integers, quantized
 from gemini.compress.select import Selection, weight_of
 from gemini.compress.sensitivity import expected_loss, output_fisher
+from gemini.compress.specs import MIXED_FORMATS
 from gemini.errors import RecipeError
 
-FORMATS = (
-    Integers(4, 64, symmetric=False, search=True),
-    Integers(4, 32, symmetric=False, search=True),
-    Integers(8, 64),
-)
+FORMATS = {
+    name: Integers(bits, size, symmetric=bits == 8, search=bits == 4)
+    for name, bits, size in ((name, *map(int, name.removeprefix("int").split("-"))) for name in MIXED_FORMATS)
+}
 User = tuple[Tensor | None, Tensor | None]  # of a weight: F of its outputs, E[x^2] of its inputs
-_TABLE = "token embedding and head"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Bytes and expected loss of every format for every layer, the table under its embedding's name."""
+
+    choices: Mapping[str, Sequence[Choice[str]]]
+    parameters: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The formats chosen, the moments E[x^2] they were chosen by, and the loss that is expected of them."""
+    """The formats chosen, what they take, and the loss that is expected of them."""
 
-    formats: dict[str, Integers]
-    table: Integers | None
-    moments: dict[str, Tensor]
+    formats: dict[str, str]
+    bytes: int
     expected_loss: float  # nats a token
     bits_per_weight: float
 
 
-def plan_formats(
-    model: nn.Module,
-    selection: Selection,
-    windows: Sequence[Window],
-    target_bpw: float,
-    progress: bool = True,
-) -> Plan:
-    """The formats with the smallest expected loss at no more than ``target_bpw`` stored bits a weight.
-
-    Scales and zero points count. A layer that calibration never reached is taken to lose nothing.
-    RecipeError where even the smallest formats cost more.
-    """
+def scan_formats(
+    model: nn.Module, selection: Selection, windows: Sequence[Window], progress: bool = True
+) -> Scan:
+    """Try every format on every selected layer. A layer that calibration never reached loses nothing."""
     ends = [name for name in (selection.embedding, selection.head) if name]
     watched = [*selection.linears, *([selection.head] if selection.head else [])]
     moments = collect_input_moments(model, windows, watched, progress, every_logit=True)
     fisher = output_fisher(model, windows, [*selection.linears, *ends], progress=progress)
-    choices: dict[str, list[Choice[Integers]]] = {}
+    choices: dict[str, list[Choice[str]]] = {}
     for name in tqdm(
         selection.linears, desc="compare formats", unit="layer", delay=2, leave=False, disable=not progress
     ):
@@ -70,31 +69,39 @@ def plan_formats(
         table = weight_of(model.get_submodule(ends[0]))
         users = [_lookups(fisher, selection, table), _products(fisher, moments, selection)]
         copies = 1 if selection.tied else len(ends)
-        choices[_TABLE] = [_choice(form, table, users, copies) for form in FORMATS]
+        choices[ends[0]] = [_choice(form, table, users, copies) for form in FORMATS]
         parameters += copies * table.numel()
+    return Scan(choices, parameters)
+
+
+def plan_formats(scan: Scan, *, target_bpw: float | None = None, loss: float = 0.0) -> Plan:
+    """The formats with the smallest expected loss at no more than ``target_bpw`` stored bits a weight.
+
+    Scales and zero points count. No more bits are spent than bring the expected loss down to ``loss`` (nats a
+    token). RecipeError where even the smallest formats cost more than ``target_bpw``.
+    """
+    budget = None if target_bpw is None else int(target_bpw * scan.parameters / 8)
     try:
-        chosen = allocate(choices, int(target_bpw * parameters / 8))
+        chosen = allocate(scan.choices, budget, loss)
     except ValueError as error:
         raise RecipeError(
-            f"{target_bpw} bits a weight are too few: {error}.", "Raise `target_bpw`."
+            f"{target_bpw:.3g} bits a weight are too few: {error}.", "Allow more bits or a larger bundle."
         ) from error
-    table_choice = chosen.pop(_TABLE, None)
-    everything = [*chosen.values(), *([table_choice] if table_choice else [])]
+    size = sum(choice.bytes for choice in chosen.values())
     return Plan(
         formats={name: choice.format for name, choice in chosen.items()},
-        table=table_choice.format if table_choice else None,
-        moments=moments,
-        expected_loss=sum(choice.loss for choice in everything),
-        bits_per_weight=8 * sum(choice.bytes for choice in everything) / parameters,
+        bytes=size,
+        expected_loss=sum(choice.loss for choice in chosen.values()),
+        bits_per_weight=8 * size / scan.parameters,
     )
 
 
-def _choice(form: Integers, weight: Tensor, users: Sequence[User], copies: int = 1) -> Choice[Integers]:
+def _choice(form: str, weight: Tensor, users: Sequence[User], copies: int = 1) -> Choice[str]:
     """A format with its bytes, for each copy stored, and its loss for all who read the weight."""
     seen = [
         (fisher, importance) for fisher, importance in users if fisher is not None and importance is not None
     ]
-    made = quantized(weight, form, seen[-1][1] if seen else None)
+    made = quantized(weight, FORMATS[form], seen[-1][1] if seen else None)
     approximation = made.dequantized()
     return Choice(
         form, copies * made.nbytes(), sum(expected_loss(weight, approximation, *pair) for pair in seen)

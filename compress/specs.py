@@ -19,6 +19,7 @@ from gemini.errors import RecipeError
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # bitsandbytes quantizes blocks of these sizes on CPU, and MatMulBnb4 reads them.
 BNB_BLOCK_SIZES = (64, 128, 256, 512)
+MIXED_FORMATS = ("int4-64", "int4-32", "int8-64")  # bits and block size
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,14 @@ class QuantizeMixed:
 
     4-bit blocks of 64 or 32 with zero points, or 8-bit blocks, chosen by the divergence that each is expected
     to add (`gemini.compress.plan`), so that a weight costs ``target_bpw`` bits on average, scales and zero
-    points included. ``gptq`` as in `QuantizeInt4`. It needs calibration.
+    points included. ``formats`` settles them beforehand: a key of `gemini.compress.plan.FORMATS` for each
+    module, the embedding's name standing for the head too; what it does not name stays fp32. ``gptq`` as in
+    `QuantizeInt4`. It needs calibration.
     """
 
     type: ClassVar[str] = "quantize_mixed"
     target_bpw: float = 5.0
+    formats: Mapping[str, str] = field(default_factory=dict)
     gptq: bool = True
     skip: tuple[str, ...] = ()
 
@@ -137,6 +141,11 @@ class QuantizeMixed:
         number = isinstance(self.target_bpw, int | float) and not isinstance(self.target_bpw, bool)
         if not number or not 4.0 < self.target_bpw <= 32.0:
             raise RecipeError(f"`target_bpw` is {self.target_bpw!r}.", "Write a number from 4.6 to 8.5.")
+        for name, form in self.formats.items() if isinstance(self.formats, Mapping) else [("formats", None)]:
+            if form not in MIXED_FORMATS:
+                raise RecipeError(
+                    f"The format of `{name}` is {form!r}.", f"Choose {', '.join(MIXED_FORMATS)}."
+                )
         _check_bool("gptq", self.gptq)
         _check_globs(self.skip)
 
@@ -213,6 +222,8 @@ def _to_dict(spec: Any) -> dict[str, Any]:
         value = getattr(spec, item.name)
         if isinstance(value, Granularity):
             value = _to_dict(value)
+        if isinstance(value, Mapping):
+            value = dict(value)
         table[item.name] = list(value) if isinstance(value, tuple) else value
     return table
 

@@ -74,3 +74,13 @@ def test_a_hull_leaves_out_what_a_mixture_beats():
 def test_too_few_bytes_are_refused():
     with pytest.raises(ValueError, match="need 10 bytes, 3 more"):
         allocate({"a": [Choice(4, 10, 1.0)]}, 7)
+
+
+def test_spending_ends_when_the_loss_is_low_enough():
+    choices = {
+        "a": [Choice("few", 10, 4.0), Choice("more", 12, 1.0), Choice("most", 20, 0.0)],
+        "b": [Choice("few", 10, 3.0), Choice("more", 15, 0.5)],
+    }
+    chosen = {loss: allocate(choices, loss=loss) for loss in (7.0, 4.0, 3.9, 0.5)}
+    names = {loss: [each[name].format for name in "ab"] for loss, each in chosen.items()}
+    assert names == {7.0: ["few", "few"], 4.0: ["more", "few"], 3.9: ["more", "more"], 0.5: ["most", "more"]}

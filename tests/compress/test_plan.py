@@ -4,19 +4,22 @@ import pytest
 import torch
 from small_models import logits_of, make_llama, make_windows, run
 
-from gemini.compress.layers import Integers
+from gemini.compress.apply import select_mixed
 from gemini.compress.modules import QuantizedEmbedding, QuantizedLinear
-from gemini.compress.plan import plan_formats
-from gemini.compress.select import select_layers
-from gemini.compress.specs import QuantizeInt4, QuantizeMixed
+from gemini.compress.plan import FORMATS, plan_formats, scan_formats
+from gemini.compress.specs import MIXED_FORMATS, QuantizeInt4, QuantizeMixed, spec_from_dict
 from gemini.errors import RecipeError
 
 WINDOWS = make_windows(6, 32)
 
 
-def plan(bits, model=None):
+def scan(model=None):
     model = model or make_llama()
-    return plan_formats(model, select_layers(model, 32, (), 32), WINDOWS, bits, progress=False)
+    return scan_formats(model, select_mixed(model, QuantizeMixed()), WINDOWS, progress=False)
+
+
+def plan(bits, model=None):
+    return plan_formats(scan(model), target_bpw=bits)
 
 
 def divergence(model):
@@ -26,11 +29,20 @@ def divergence(model):
 
 
 def test_more_bits_lose_less_and_none_exceed_their_budget():
-    found = [plan(bits) for bits in (4.8, 5.5, 6.5, 9.0)]
+    known = scan()
+    found = [plan_formats(known, target_bpw=bits) for bits in (4.8, 5.5, 6.5, 9.0)]
     assert all(each.bits_per_weight <= bits for each, bits in zip(found, (4.8, 5.5, 6.5, 9.0), strict=True))
     losses = [each.expected_loss for each in found]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.05 * losses[0]
-    assert set(found[-1].formats.values()) == {Integers(8, 64)} == {found[-1].table}
+    assert set(found[-1].formats.values()) == {"int8-64"}
+
+
+def test_a_loss_asked_for_is_reached_and_a_larger_one_takes_fewer_bytes():
+    known = scan()
+    asked = [plan_formats(known, target_bpw=bits).expected_loss for bits in (4.8, 5.5, 6.5)]
+    found = [plan_formats(known, loss=loss) for loss in asked]
+    assert all(each.expected_loss <= loss for each, loss in zip(found, asked, strict=True))
+    assert found[0].bytes < found[1].bytes < found[2].bytes < plan_formats(known).bytes
 
 
 def test_the_expected_loss_is_about_the_one_that_comes():
@@ -57,13 +69,37 @@ def test_what_is_planned_is_what_is_built(tied):
     assert report.bits_per_weight <= 5.0 and report.calibration_windows == len(WINDOWS)
     for name, form in formats.formats.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, QuantizedLinear) and (layer.bits, layer.block_size) == (
-            form.bits,
-            form.block_size,
-        )
+        assert isinstance(layer, QuantizedEmbedding if "embed" in name else QuantizedLinear)
+        assert f"int{layer.bits}-{layer.block_size}" == form
     embedding, head = model.model.embed_tokens, model.lm_head
-    assert isinstance(embedding, QuantizedEmbedding) and embedding.bits == head.bits == formats.table.bits
+    assert embedding.bits == head.bits
     assert (embedding.qweight.data_ptr() == head.qweight.data_ptr()) is tied
+
+
+@pytest.mark.parametrize("gptq", [True, False])
+def test_formats_settled_beforehand_give_the_same_model(gptq):
+    planned, settled = make_llama(), make_llama()
+    formats = plan(5.0).formats
+    run(planned, QuantizeMixed(5.0, gptq=gptq), calibration=WINDOWS)
+    run(settled, QuantizeMixed(formats=formats, gptq=gptq), calibration=WINDOWS)
+    assert torch.equal(logits_of(planned, WINDOWS), logits_of(settled, WINDOWS))
+
+
+def test_what_the_formats_do_not_name_stays_as_it_is():
+    model = make_llama()
+    (report,) = run(
+        model, QuantizeMixed(formats={"model.layers.0.mlp.up_proj": "int8-64"}), calibration=WINDOWS
+    )
+    assert [(layer.name, layer.bits) for layer in report.layers] == [("model.layers.0.mlp.up_proj", 8)]
+    assert "model.layers.1.mlp.up_proj" in {skipped.name for skipped in report.skipped}
+    assert isinstance(model.model.embed_tokens, torch.nn.Embedding)
+
+
+def test_unknown_formats_and_recipes_survive_or_are_refused():
+    spec = QuantizeMixed(formats={"a.b": "int4-32"})
+    assert spec_from_dict(spec.to_dict()) == spec and set(MIXED_FORMATS) == set(FORMATS)
+    with pytest.raises(RecipeError, match=r"format of `a\.b` is 'int5'"):
+        QuantizeMixed(formats={"a.b": "int5"})
 
 
 def test_impossible_budgets_and_missing_text_are_refused():
