@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,11 +21,13 @@ from gemini.benchmarks.metrics import loss_percent
 from gemini.benchmarks.report import to_plain, write_report
 from gemini.benchmarks.resources import peak_rss_mb
 from gemini.benchmarks.text import TextSource, default_text, read_text
+from gemini.budget import Planner, Target
 from gemini.compress.apply import run_recipe
+from gemini.compress.calibrate import Window
 from gemini.compress.dense import dense_weights
 from gemini.compress.recipe import Recipe, load_recipe
 from gemini.compress.specs import QuantizeInt4
-from gemini.errors import GateError
+from gemini.errors import GateError, UsageError
 from gemini.export.bundle import check_output, commit, describe, staging, write_companions, write_manifest
 from gemini.export.exporter import export_checkpoint
 from gemini.judges import Judge, make_judge
@@ -35,21 +37,28 @@ from gemini.samples import sentence_windows, text_windows
 
 CALIBRATION_WINDOWS, CALIBRATION_WINDOW = 12, 256
 CALIBRATION_SENTENCES = 100
+_NAMED = 5  # layers in the message of a gate that failed
 
 
 def compress_model(
     source: str,
     output: str | Path,
-    recipe: str,
+    recipe: str | None = None,
     *,
     task: str | None = None,
     eval_text: str | None = None,
     calibration: str | None = None,
+    target_size: float | None = None,
+    target_bpw: float | None = None,
     max_drop: float | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compress ``source`` with ``recipe`` into the bundle ``output``; returns the report.
+
+    Without a recipe, a generator's formats are planned for what is asked: megabytes, or bits a weight, or
+    the percent that may be lost; they are planned anew when the measured bundle misses it. Where nothing is
+    asked, and for other models, the recipe is int8.
 
     max_drop: percent of the fp32 metric that may be lost. A bundle that loses more is put at ``output`` +
     ".rejected" with its report, and GateError is raised; an existing bundle at ``output`` stays.
@@ -57,15 +66,23 @@ def compress_model(
     output = Path(output)
     stages = Stages(progress)
     check_output(output, force)
-    chosen = load_recipe(recipe)
+    target = Target(target_size, target_bpw, max_drop)
+    chosen = load_recipe(recipe or "int8")
     texts = _texts(eval_text, calibration)
     with stages("load"):
         checkpoint = load_checkpoint(source, task)
+    planned = _is_planned(checkpoint, recipe, target)
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch, staging(output) as folder:
         fp32_bytes = stored_bytes(checkpoint)
         with stages("measure fp32"):
             judge = make_judge(checkpoint, texts["evaluation"], Path(scratch))
-        windows = _calibration(checkpoint, chosen, texts["calibration"])
+        windows = _calibration(checkpoint, chosen, texts["calibration"], planned)
+        feeds = calibration_feeds(checkpoint, windows or ())
+        planner = None
+        if planned:
+            with stages("plan formats"):
+                planner = Planner(checkpoint, feeds, target, progress)
+                chosen = planner.first()
         plain = round_to_nearest(chosen)
         nearest = None
         if plain is not None:
@@ -73,26 +90,29 @@ def compress_model(
                 run_recipe(checkpoint, plain, None, progress)
                 with dense_weights(checkpoint.model):
                     nearest = judge.score_torch()
-        with stages("compress"):
-            passes = run_recipe(checkpoint, chosen, calibration_feeds(checkpoint, windows or ()), progress)
-        with stages("export and verify"):
-            exported = export_checkpoint(checkpoint, folder, progress)
-        manifest = describe(checkpoint, exported)
-        manifest |= {"recipe": chosen.to_dict(), "passes": [to_plain(asdict(p)) for p in passes]}
-        write_companions(checkpoint, folder)
-        write_manifest(folder, manifest)
-        score, latency = _measure(folder, judge, stages)
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        while True:
+            manifest = _build(checkpoint, chosen, feeds, folder, stages)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            again = planner and planner.resized(size)
+            if not again:
+                score, latency = _measure(folder, judge, stages)
+                drop = loss_percent(judge.metric, score.get(judge.metric), judge.reference.get(judge.metric))
+                again = planner and planner.repaired(drop)
+            if not again:
+                break
+            chosen = again
+            for file in folder.iterdir():
+                file.unlink()
         table = [_row("fp32", fp32_bytes, judge.reference)]
         table += [_row("round-to-nearest", None, nearest)] if nearest else []
         table += [_row("bundle", size, score)]
-        drop = loss_percent(judge.metric, score.get(judge.metric), judge.reference.get(judge.metric))
         passed = max_drop is None or (drop is not None and drop <= max_drop)
         gate = "not set" if max_drop is None else "passed" if passed else "failed"
         report = {
             "name": checkpoint.name,
             "task": checkpoint.task,
             "recipe": chosen.to_dict(),
+            "plan": planner and planner.describe(),
             "table": table,
             "metric": judge.metric,
             "drop_percent": drop,
@@ -121,9 +141,39 @@ def compress_model(
         write_manifest(folder, manifest)
         stages.done()
         if not passed:
-            _reject(folder, output, judge.metric, drop, max_drop)
+            _reject(folder, output, report)
         commit(folder, output)
     return json.loads(json.dumps(to_plain({**report, "bundle": str(output)})))
+
+
+def _is_planned(checkpoint: Checkpoint, recipe: str | None, target: Target) -> bool:
+    """Whether formats are planned. Without a decoder, products per channel are faster than any in blocks."""
+    sized = target.size_mb is not None or target.bpw is not None
+    if recipe is not None and sized:
+        raise UsageError("A recipe and a size are asked for.", "Give one of them.")
+    able = "decoder" in checkpoint.family and checkpoint.tokenizer is not None
+    if sized and not able:
+        raise UsageError(
+            f"Sizes can be asked of models that generate; the task of this one is {checkpoint.task}.",
+            "Use --recipe int8 or int4.",
+        )
+    return recipe is None and able and target != Target()
+
+
+def _build(
+    checkpoint: Checkpoint, recipe: Recipe, feeds: Sequence[Window], folder: Path, stages: Stages
+) -> dict[str, Any]:
+    """Put the compressed bundle's files into ``folder``; returns the manifest. The model stays as it was."""
+    with restored(checkpoint):
+        with stages("compress"):
+            passes = run_recipe(checkpoint, recipe, feeds, stages.progress)
+        with stages("export and verify"):
+            exported = export_checkpoint(checkpoint, folder, stages.progress)
+        manifest = describe(checkpoint, exported)
+    manifest |= {"recipe": recipe.to_dict(), "passes": [to_plain(asdict(p)) for p in passes]}
+    write_companions(checkpoint, folder)
+    write_manifest(folder, manifest)
+    return manifest
 
 
 class Stages:
@@ -145,9 +195,10 @@ class Stages:
             if self.progress:
                 print(file=sys.stderr)
             raise
-        self.seconds[name] = round(time.perf_counter() - start, 2)
+        spent = time.perf_counter() - start
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 2)
         if self.progress:
-            print(f"\r{name}: {self.seconds[name]:.1f} s", file=sys.stderr, flush=True)
+            print(f"\r{name}: {spent:.1f} s", file=sys.stderr, flush=True)
 
     def done(self) -> None:
         """Add the total."""
@@ -169,9 +220,10 @@ def _texts(eval_text: str | None, calibration: str | None) -> dict[str, TextSour
     }
 
 
-def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource) -> list[Any] | None:
+def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource, planned: bool) -> list[Any] | None:
     """Token windows for recipes that look at activations; None for those that do not."""
-    looks = any(getattr(spec, key, False) for spec in recipe.specs for key in ("search", "gptq", "smoothing"))
+    keys = ("search", "gptq", "smoothing", "target_bpw")
+    looks = planned or any(getattr(spec, key, False) for spec in recipe.specs for key in keys)
     if checkpoint.tokenizer is None or not looks:
         return None
     if checkpoint.family == "encoder":
@@ -228,12 +280,18 @@ def _row(name: str, size: int | None, score: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "size_mb": None if size is None else size / 1e6, **measured}
 
 
-def _reject(folder: Path, output: Path, metric: str, drop: float | None, max_drop: float | None) -> None:
+def _reject(folder: Path, output: Path, report: Mapping[str, Any]) -> None:
     rejected = output.with_name(f"{output.name}.rejected")
     shutil.rmtree(rejected, ignore_errors=True)
     commit(folder, rejected)
+    drop = report["drop_percent"]
     lost = "cannot be measured" if drop is None else f"lost {drop:.1f} %"
+    layers = [layer for each in report["passes"] for layer in each["layers"]]
+    worst = sorted(layers, key=lambda layer: -layer["relative_error"])[:_NAMED]
+    named = ", ".join(f"{layer['name']} ({100 * layer['relative_error']:.2g} %)" for layer in worst)
     raise GateError(
-        f"{metric} {lost}, more than the {max_drop:g} % allowed; the bundle lies at {rejected}.",
-        "Use a recipe with more bits, calibrate on text like yours, or allow more with --max-drop.",
+        f"{report['metric']} {lost}, more than the {report['max_drop']:g} % allowed; the bundle lies at "
+        f"{rejected}." + (f" Largest errors of a layer's output: {named}." if named else ""),
+        "Use a recipe with more bits, leave out --recipe so that formats are planned, calibrate on text like "
+        "yours, or allow more with --max-drop.",
     )

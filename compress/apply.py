@@ -97,7 +97,7 @@ def quantize_mixed(
     kept = [
         Skipped(name, "the recipe names no format for it") for name in selection.linears if name not in chosen
     ]
-    end = selection.embedding or selection.head
+    end = selection.embedding or selection.head or ""
     table = FORMATS[chosen[end]] if end in chosen else None
     if table is None:
         selection = replace(selection, embedding=None, head=None, copies=())

@@ -22,12 +22,12 @@ from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.layers import Integers, quantized
 from gemini.compress.select import Selection, weight_of
 from gemini.compress.sensitivity import expected_loss, output_fisher
-from gemini.compress.specs import MIXED_FORMATS
 from gemini.errors import RecipeError
 
 FORMATS = {
-    name: Integers(bits, size, symmetric=bits == 8, search=bits == 4)
-    for name, bits, size in ((name, *map(int, name.removeprefix("int").split("-"))) for name in MIXED_FORMATS)
+    "int4-64": Integers(4, 64, symmetric=False, search=True),
+    "int4-32": Integers(4, 32, symmetric=False, search=True),
+    "int8-64": Integers(8, 64),
 }
 User = tuple[Tensor | None, Tensor | None]  # of a weight: F of its outputs, E[x^2] of its inputs
 

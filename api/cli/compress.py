@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from gemini.cli.output import results_table
-from gemini.errors import UsageError
 
 HELP = "Compress a checkpoint into a bundle, with the accuracy it lost and the report that shows it."
 EXAMPLE = "gemini-edge compress smollm2-135m --recipe int4 --output bundles/smollm2 --max-drop 20"
@@ -31,8 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="RECIPE",
-        default="int8",
-        help="fp32, int8, int4, nf4, or a recipe FILE.toml (default: int8)",
+        help="fp32, int8, int4, nf4, or a recipe FILE.toml (default: int8, or formats chosen layer by layer "
+        "where a size or a loss is asked of a generator)",
+    )
+    parser.add_argument(
+        "--target-size",
+        metavar="MB",
+        type=float,
+        help="choose formats layer by layer so that the bundle has at most that size",
+    )
+    parser.add_argument(
+        "--target-bpw",
+        metavar="BITS",
+        type=float,
+        help="choose formats layer by layer so that a weight costs that many bits on average",
     )
     parser.add_argument("--task", choices=TASKS, help="the task, where the checkpoint does not say it")
     parser.add_argument(
@@ -45,18 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-drop",
         metavar="PERCENT",
         type=float,
-        help="the loss of accuracy against fp32 that is allowed; beyond it the bundle is set aside as "
-        "DIR.rejected and the exit code is 3",
+        help="the loss of accuracy against fp32 that is allowed; without --recipe, formats of a generator "
+        "are raised until it holds; else the bundle is set aside as DIR.rejected and the exit code is 3",
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle that already lies at DIR")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run the pipeline; returns its report."""
-    if args.max_drop is not None and not 0 <= args.max_drop < float("inf"):
-        raise UsageError(
-            f"--max-drop {args.max_drop} is not a percentage.", "Give a number that is 0 or more."
-        )
     from gemini.pipeline import compress_model
 
     report: dict[str, Any] = compress_model(
@@ -66,10 +73,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         task=args.task,
         eval_text=args.eval_text,
         calibration=args.calibration,
+        target_size=args.target_size,
+        target_bpw=args.target_bpw,
         max_drop=args.max_drop,
         force=args.force,
         progress=True,
     )
     print(results_table(report["table"]))
+    if plan := report["plan"]:
+        counts = ", ".join(f"{count} x {name}" for name, count in plan["formats"].items())
+        bits = f"{plan['bits_per_weight']:.2f} bits a weight"
+        print(f"\nplan    {bits}: {counts} (plans made: {plan['attempts']})")
     print(f"\nbundle  {args.output}\nreport  {Path(args.output) / 'report.html'}")
     return report

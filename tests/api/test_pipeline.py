@@ -106,12 +106,13 @@ def test_same_recipe_twice_gives_the_same_graph_and_weights(folder, bundle, tmp_
         assert (path / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_gate_sets_a_bad_bundle_aside_and_keeps_the_old_one(folder, bundle, tmp_path):
+def test_gate_sets_a_bad_bundle_aside_and_keeps_the_old_one(folder, monkeypatch, tmp_path):
     out = tmp_path / "b"
     out.mkdir()
     (out / "manifest.json").write_text("an older bundle")
-    with pytest.raises(GateError, match="perplexity lost"):
-        pipeline.compress_model(str(folder), out, "nf4", max_drop=-100.0, force=True, progress=False)
+    monkeypatch.setattr(pipeline, "loss_percent", lambda *_: 12.0)
+    with pytest.raises(GateError, match=r"perplexity lost 12\.0 %.*model\.layers\.\d"):
+        pipeline.compress_model(str(folder), out, "nf4", max_drop=5.0, force=True, progress=False)
     assert (out / "manifest.json").read_text() == "an older bundle"
     report = json.loads((tmp_path / "b.rejected" / "report.json").read_text())
     assert report["gate"] == "failed"

@@ -1,0 +1,114 @@
+"""Formats planned for a size or a loss, on a tiny Llama that learnt some text and has an outlier."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gemini.benchmarks.text import default_text
+from gemini.budget import Planner, Target
+from gemini.cli import main
+from gemini.errors import GateError, RecipeError, UsageError
+from gemini.model.checkpoint import load_checkpoint
+from gemini.pipeline import compress_model
+from gemini.samples import text_windows
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory) -> Path:
+    """A feature of the states is a hundred times smaller and its weights a hundred times larger.
+
+    In fp32 that changes nothing. In 4 bits, the other weights of a block that holds such a one are lost.
+    """
+    path = tmp_path_factory.mktemp("learnt")
+    text = default_text().calibration[:60000]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=300, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=0, **sizes
+    )
+    model = LlamaForCausalLM(config)
+    ids = torch.tensor(tokenizer.encode(text).ids)
+    ids = ids[: len(ids) // 64 * 64].view(-1, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(100):
+        batch = ids[torch.arange(step * 8, step * 8 + 8) % len(ids)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight[5] /= 100
+            layer.mlp.up_proj.weight[:, 5] *= 100
+            layer.mlp.gate_proj.weight[:, 5] *= 100
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def planned(learnt):
+    checkpoint = load_checkpoint(str(learnt), None)
+    windows = text_windows(checkpoint, default_text_source(), 4, 64)
+    return lambda **target: Planner(checkpoint, windows, Target(**target), progress=False)
+
+
+def default_text_source():
+    from gemini.benchmarks.text import TextSource
+
+    return TextSource("built-in", default_text().calibration)
+
+
+def test_formats_are_raised_until_the_gate_holds(learnt, tmp_path):
+    plain = compress_model(str(learnt), tmp_path / "int4", "int4", progress=False)
+    allowed = plain["drop_percent"] / 4
+    assert allowed > 0.2  # or the model has learnt nothing that could be lost
+    with pytest.raises(GateError, match="Largest errors of a layer's output: model"):
+        compress_model(str(learnt), tmp_path / "no", "int4", max_drop=allowed, progress=False)
+    report = compress_model(str(learnt), tmp_path / "yes", max_drop=allowed, progress=False)
+    assert report["gate"] == "passed" and report["drop_percent"] <= allowed
+    assert "int8-64" in report["recipe"]["pass"][0]["formats"].values()
+    assert report["plan"]["bits_per_weight"] < 8.5
+
+
+def test_a_bundle_of_the_size_asked_for(learnt, tmp_path):
+    least, most = (
+        compress_model(str(learnt), tmp_path / name, target_bpw=bits, progress=False)["table"][-1]["size_mb"]
+        for name, bits in (("least", 4.75), ("most", 8.6))
+    )
+    asked = (least + most) / 2
+    report = compress_model(str(learnt), tmp_path / "sized", target_size=asked, progress=False)
+    assert 0.9 * asked < report["table"][-1]["size_mb"] <= asked
+    assert report["plan"]["attempts"] > 1  # a guess cannot have been right for a model this small
+    with pytest.raises(RecipeError, match="too few"):
+        compress_model(str(learnt), tmp_path / "tiny", target_size=least / 4, progress=False)
+
+
+def test_a_worse_measurement_asks_for_less_loss_until_attempts_end(planned):
+    planner = planned(max_drop=2.0)
+    planner.first()
+    assert planner.plans[0].expected_loss <= math.log1p(0.02)
+    assert planner.repaired(1.9) is None
+    planner.repaired(8.0)
+    if len(planner.plans) > 1:
+        assert planner.plans[1].expected_loss <= 0.9 * planner.plans[0].expected_loss / 3
+        assert planner.plans[1].bytes > planner.plans[0].bytes
+
+
+def test_what_cannot_be_asked_is_refused(learnt, tmp_path, capsys):
+    for target in ({"size_mb": 0}, {"bpw": -1.0}, {"max_drop": math.nan}, {"size_mb": 1, "bpw": 5}):
+        with pytest.raises(UsageError):
+            Target(**target)
+    both = ["compress", str(learnt), "--output", str(tmp_path / "x"), "--recipe", "int4", "--target-bpw", "5"]
+    assert main(both) == 2 and "Give one of them" in capsys.readouterr().err
