@@ -9,6 +9,7 @@ from onnxscript.optimizer import fold_constants
 from gemini.export.fusions.factors import share_factors
 from gemini.export.fusions.layout import drop_no_ops, drop_transpose_pairs, fix_reshapes, join_reshapes
 from gemini.export.fusions.merge_projections import merge_qkv, pack_qkv
+from gemini.export.fusions.rotary_tables import compute_rotary_tables
 from gemini.export.fusions.skip_norm import fuse_skip_norm
 
 # Constants larger than this stay as they are: they are weights.
@@ -26,6 +27,7 @@ FUSIONS = (
     pack_qkv,
     merge_qkv,
     fuse_skip_norm,
+    compute_rotary_tables,
 )
 
 
