@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gemini.errors import CheckpointError
 from gemini.model.gemini import (
     LABELS,
@@ -62,6 +64,7 @@ def make_model(options: TrainingOptions, tokenizer: Any, corpus: Corpus) -> Any:
             options.start,
             config=config,
             local_files_only=True,
+            dtype=torch.float32,  # a published checkpoint has half precision
             ignore_mismatched_sizes=config.num_labels != before.num_labels,
         )
     vocabulary = {}
@@ -99,7 +102,9 @@ def _outputs(head: str, corpus: Corpus) -> dict[str, Any]:
 def _copy_tower(model: Any, folder: str) -> None:
     """The image embedder of a checkpoint that classifies images, into a model that reads images."""
     image = model.get_encoder().image
-    tower = GeminiForImageClassification.from_pretrained(folder, local_files_only=True).image
+    tower = GeminiForImageClassification.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32
+    ).image
     try:
         image.load_state_dict(tower.state_dict())
     except RuntimeError as error:
@@ -114,7 +119,7 @@ def load_checkpoint(folder: Path) -> tuple[Any, Any]:
     _check_checkpoint(str(folder))
     config = GeminiConfig.from_pretrained(folder, local_files_only=True)
     head = next(head for head in _HEADS.values() if head.__name__ in (config.architectures or ()))
-    model = head.from_pretrained(folder, local_files_only=True).eval()
+    model = head.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     if head is GeminiForImageClassification:
         return model, None
     return model, GeminiTokenizer.from_pretrained(folder, local_files_only=True)
