@@ -222,7 +222,7 @@ def _texts(eval_text: str | None, calibration: str | None) -> dict[str, TextSour
 
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource, planned: bool) -> list[Any] | None:
     """Token windows for recipes that look at activations; None for those that do not."""
-    keys = ("search", "gptq", "smoothing", "target_bpw")
+    keys = ("search", "gptq", "awq", "smoothing", "target_bpw")
     looks = planned or any(getattr(spec, key, False) for spec in recipe.specs for key in keys)
     if checkpoint.tokenizer is None or not looks:
         return None
@@ -234,7 +234,7 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource, plann
 def round_to_nearest(recipe: Recipe) -> Recipe | None:
     """The same bits and blocks without search or promoted layers; None if the recipe has neither."""
     specs = tuple(
-        replace(spec, search=False, gptq=False, sensitive_share=0.0)
+        replace(spec, search=False, gptq=False, awq=False, sensitive_share=0.0)
         if isinstance(spec, QuantizeInt4)
         else spec
         for spec in recipe.specs

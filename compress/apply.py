@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gemini.compress.awq import fold_awq
 from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.fold import fold_batch_norms
 from gemini.compress.layers import Bnb4, Channels, Integers, make_conv, make_copy, make_linear, make_table
@@ -68,15 +69,20 @@ def quantize_int4(
     """4-bit linears with searched scales and zero points; embedding and head at their own width."""
     table_size = None if spec.embedding_bits == 32 else spec.embedding_block_size
     selection = select_layers(model, spec.block_size, spec.skip, table_size, convolutions=True)
+    linear = Integers(4, spec.block_size, spec.symmetric, spec.search)
+    folds = fold_awq(model, windows, selection.linears, linear, progress) if spec.awq and windows else {}
     moments: dict[str, Tensor] = {}
     if windows and (spec.search or spec.sensitive_share or spec.gptq):
         moments = collect_input_moments(model, windows, selection.linears, progress)
-    linear = Integers(4, spec.block_size, spec.symmetric, spec.search)
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
     table = Integers(spec.embedding_bits, spec.embedding_block_size)
     again = windows if spec.gptq else ()
     report = _edit(model, spec, selection, formats, table, moments, progress, spec.sensitive_share, again)
-    return replace(report, calibration_windows=len(windows) if moments or spec.gptq else 0)
+    return replace(
+        report,
+        calibration_windows=len(windows) if moments or spec.gptq or spec.awq else 0,
+        folded=[group.producer for group in folds],
+    )
 
 
 def quantize_mixed(
@@ -156,7 +162,7 @@ def run_recipe(
             raise RecipeError(
                 f"The pass {spec.type} finds no layer to change{first}.", "Use the recipe fp32."
             )
-        reports.append(replace(report, seconds=time.perf_counter() - start, folded=folded))
+        reports.append(replace(report, seconds=time.perf_counter() - start, folded=[*folded, *report.folded]))
         folded = []
     return reports
 

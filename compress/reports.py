@@ -36,7 +36,8 @@ class LayerReport:
 class PassReport:
     """One pass: its options, the layers it changed or left alone, and the price of a weight in bits.
 
-    ``folded``: batch norms that became part of their convolutions before it.
+    ``folded``: before it, batch norms that became part of their convolutions, and norms and linears that
+    scales were divided out of.
     """
 
     type: str

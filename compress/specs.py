@@ -92,6 +92,8 @@ class QuantizeInt4:
     ``search`` fits scale and zero point to the error weighted by E[x^2]; without it, nearest.
     ``gptq`` then rounds feature by feature, those to come making up for the error, each layer with everything
     before it already quantized (`gemini.compress.gptq`); it needs calibration.
+    ``awq`` first moves so much of the activations' size into the weights as rounds best
+    (`gemini.compress.awq`), where that costs no operation; it needs calibration.
     The layers with the largest relative error, up to ``sensitive_share`` of the linear weights, get 8 bits.
     """
 
@@ -100,6 +102,7 @@ class QuantizeInt4:
     symmetric: bool = False
     search: bool = True
     gptq: bool = False
+    awq: bool = False
     embedding_bits: int = 8
     embedding_block_size: int = 64
     sensitive_share: float = 0.0
@@ -110,6 +113,7 @@ class QuantizeInt4:
         _check_bool("symmetric", self.symmetric)
         _check_bool("search", self.search)
         _check_bool("gptq", self.gptq)
+        _check_bool("awq", self.awq)
         _check_choice("embedding_bits", self.embedding_bits, (4, 8, 32))
         _check_choice("embedding_block_size", self.embedding_block_size, BLOCK_SIZES)
         _check_share("sensitive_share", self.sensitive_share)

@@ -33,17 +33,17 @@ def compute_rotary_tables(graph: ir.Graph) -> int:
                 pairs.setdefault((cos, sin), node)
     count = 0
     for (cos, sin), first in pairs.items():
-        tables = constant(cos), constant(sin)
-        if tables[0] is None or tables[1] is None or tables[0].size < LEAST:
+        cosines, sines = constant(cos), constant(sin)
+        if cosines is None or sines is None or cosines.size < LEAST:
             continue
-        found = find_frequencies(*tables)
+        found = find_frequencies(cosines, sines)
         if found is None:
             continue
         frequencies, factor = found
         name = f"rotary.{count}"
         ends = [
             new_initializer(graph, f"{name}.{key}", np.array(value, np.float32))
-            for key, value in (("start", 0), ("limit", len(tables[0])), ("delta", 1))
+            for key, value in (("start", 0), ("limit", len(cosines)), ("delta", 1))
         ]
         axis = new_initializer(graph, f"{name}.axis", np.array([1], np.int64))
         row = new_initializer(graph, f"{name}.frequencies", frequencies[None])
