@@ -222,8 +222,11 @@ def _texts(eval_text: str | None, calibration: str | None) -> dict[str, TextSour
 
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource, planned: bool) -> list[Any] | None:
     """Token windows for recipes that look at activations; None for those that do not."""
-    keys = ("search", "gptq", "awq", "smoothing", "target_bpw")
-    looks = planned or any(getattr(spec, key, False) for spec in recipe.specs for key in keys)
+    keys = ("gptq", "awq", "smoothing", "target_bpw")
+    looks = planned or any(
+        getattr(spec, "fit", "") == "moments" or any(getattr(spec, key, False) for key in keys)
+        for spec in recipe.specs
+    )
     if checkpoint.tokenizer is None or not looks:
         return None
     if checkpoint.family == "encoder":
@@ -232,9 +235,9 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource, plann
 
 
 def round_to_nearest(recipe: Recipe) -> Recipe | None:
-    """The same bits and blocks without search or promoted layers; None if the recipe has neither."""
+    """The same bits and blocks rounded to nearest, without promoted layers; None if the recipe has neither."""
     specs = tuple(
-        replace(spec, search=False, gptq=False, awq=False, sensitive_share=0.0)
+        replace(spec, fit="nearest", gptq=False, awq=False, sensitive_share=0.0)
         if isinstance(spec, QuantizeInt4)
         else spec
         for spec in recipe.specs

@@ -66,13 +66,13 @@ def quantize_int8(
 def quantize_int4(
     model: nn.Module, spec: QuantizeInt4, windows: Sequence[Window], progress: bool
 ) -> PassReport:
-    """4-bit linears with searched scales and zero points; embedding and head at their own width."""
+    """4-bit linears with fitted scales and zero points; embedding and head at their own width."""
     table_size = None if spec.embedding_bits == 32 else spec.embedding_block_size
     selection = select_layers(model, spec.block_size, spec.skip, table_size, convolutions=True)
-    linear = Integers(4, spec.block_size, spec.symmetric, spec.search)
+    linear = Integers(4, spec.block_size, spec.symmetric, spec.fit)
     folds = fold_awq(model, windows, selection.linears, linear, progress) if spec.awq and windows else {}
     moments: dict[str, Tensor] = {}
-    if windows and (spec.search or spec.sensitive_share or spec.gptq):
+    if windows and (spec.fit == "moments" or spec.sensitive_share or spec.gptq):
         moments = collect_input_moments(model, windows, selection.linears, progress)
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
     table = Integers(spec.embedding_bits, spec.embedding_block_size)
@@ -149,7 +149,7 @@ def run_recipe(
     Batch norms are folded into their convolutions first, so that what is quantized is what will run.
 
     ``calibration``: int64 token windows (1, S), or mappings of model inputs to arrays; without it the int4
-    search weighs all input features alike. RecipeError if a pass finds nothing to change.
+    fit weighs all input features alike. RecipeError if a pass finds nothing to change.
     """
     reports = []
     folded = fold_batch_norms(checkpoint.model) if recipe.specs else []

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from gemini.compress.quantize import (
     Quantized,
-    choose_qparams,
+    fit_qparams,
     pack_blocks,
     relative_mass,
     require_finite,
-    search_qparams,
     split_blocks,
 )
 
@@ -31,7 +30,7 @@ def gptq(
     bits: int,
     block_size: int,
     symmetric: bool = False,
-    search: bool = True,
+    fit: str = "moments",
     damping: float = DAMPING,
 ) -> Quantized:
     """Quantize a float weight (rows, K) so that ``sum (w x - w' x)^2`` over the calibration inputs is small.
@@ -41,7 +40,7 @@ def gptq(
         hessian: (K, K), E[x x^T] of the layer's inputs; a feature that is always zero is rounded to nearest.
         bits: 4 or 8.
         block_size: features that share a scale and, unless ``symmetric``, a zero point.
-        search: fit those to the error weighted by E[x^2] (``quantize.search_qparams``), else to the range.
+        fit: how those are found (``quantize.fit_qparams``), E[x^2] being the Hessian's diagonal.
         damping: added to the diagonal, as a share of its mean.
 
     Raises:
@@ -51,11 +50,8 @@ def gptq(
     require_finite(hessian)
     columns = weight.shape[1]
     blocks = split_blocks(weight.to(torch.float32), block_size)
-    if search:
-        mass = split_blocks(relative_mass(hessian.diagonal().float()).unsqueeze(0), block_size)
-        scale, zero_point = search_qparams(blocks, mass, bits, symmetric)
-    else:
-        scale, zero_point = choose_qparams(blocks, bits, symmetric)
+    mass = split_blocks(relative_mass(hessian.diagonal().float()).unsqueeze(0), block_size)
+    scale, zero_point = fit_qparams(blocks, mass, bits, symmetric, fit)
     # One row a feature, as the columns of the weight are taken in turn.
     scales = scale.double().expand_as(blocks).flatten(0, 1)[:columns]
     zeros = zero_point.double().expand_as(blocks).flatten(0, 1)[:columns]

@@ -26,7 +26,7 @@ class Integers:
     bits: int
     block_size: int
     symmetric: bool = True
-    search: bool = False
+    fit: str = "nearest"
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def make_conv(layer: nn.Conv2d) -> ChannelwiseConv:
 
 
 def quantized(weight: Tensor, form: Integers, importance: Tensor | None = None) -> Quantized:
-    """The codes of a float weight (N, K) in a format; ``importance`` (K,) weighs the search."""
+    """The codes of a float weight (N, K) in a format; ``importance`` (K,) weighs the fit."""
     return quantize(
         weight,
         bits=form.bits,
         block_size=form.block_size,
         symmetric=form.symmetric,
-        search=form.search,
+        fit=form.fit,
         importance=importance,
     )
 
@@ -122,5 +122,5 @@ def _gptq(weight: Tensor, form: Integers, statistics: Statistics) -> Quantized:
         bits=form.bits,
         block_size=form.block_size,
         symmetric=form.symmetric,
-        search=form.search,
+        fit=form.fit,
     )

@@ -25,8 +25,8 @@ from gemini.compress.sensitivity import expected_loss, output_fisher
 from gemini.errors import RecipeError
 
 FORMATS = {
-    "int4-64": Integers(4, 64, symmetric=False, search=True),
-    "int4-32": Integers(4, 32, symmetric=False, search=True),
+    "int4-64": Integers(4, 64, symmetric=False, fit="moments"),
+    "int4-32": Integers(4, 32, symmetric=False, fit="moments"),
     "int8-64": Integers(8, 64),
 }
 User = tuple[Tensor | None, Tensor | None]  # of a weight: F of its outputs, E[x^2] of its inputs

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemini.compress.hqq import hqq_qparams
 from gemini.compress.modules import dequantize_blocks
 from gemini.compress.packing import pack_4bit
 
@@ -97,6 +98,25 @@ def weighted_error(
     """
     difference = encode(blocks, scale, zero_point, bits).mul_(scale).sub_(blocks)
     return _block_sum(importance, difference.square_())
+
+
+def fit_qparams(
+    blocks: Tensor, importance: Tensor, bits: int, symmetric: bool, fit: str
+) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero point (B, 1, R) by one of FITS.
+
+    "nearest" takes them from the range, "moments" minimises the error weighted by ``importance`` (B, size, 1)
+    with :func:`search_qparams`, "hqq" moves the zero point by `gemini.compress.hqq`. ValueError for a name
+    that is none of these, or symmetric "hqq", which has no zero point to move.
+    """
+    if fit == "moments":
+        return search_qparams(blocks, importance, bits, symmetric)
+    start = choose_qparams(blocks, bits, symmetric)
+    if fit == "nearest":
+        return start
+    if fit != "hqq" or symmetric:
+        raise ValueError(f"no fit {fit!r} with symmetric={symmetric}")
+    return hqq_qparams(blocks, *start, bits)
 
 
 def search_qparams(blocks: Tensor, importance: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -194,14 +214,13 @@ def quantize(
     bits: int,
     block_size: int,
     symmetric: bool = False,
-    search: bool = False,
+    fit: str = "nearest",
     importance: Tensor | None = None,
 ) -> Quantized:
     """Quantize a float weight (rows, K) in blocks; same input, same bytes.
 
-    ``bits`` 4 or 8. ``search`` minimises the error weighted by ``importance`` (K,), the mean square of each
-    input feature (all ones when None); without it the parameters are round to nearest. Raises ValueError for
-    values that are not finite.
+    ``bits`` 4 or 8; ``fit`` as in :func:`fit_qparams`. ``importance`` (K,) is the mean square of each input
+    feature (all ones when None). Raises ValueError for values that are not finite.
     """
     require_finite(weight)
     rows, columns = weight.shape
@@ -209,7 +228,7 @@ def quantize(
     mass = split_blocks(relative_mass(mass).unsqueeze(0), block_size)
     step = max(1, _CHUNK // (mass.shape[0] * block_size))
     parts = [
-        _quantize_rows(weight[start : start + step], mass, bits, symmetric, search)
+        _quantize_rows(weight[start : start + step], mass, bits, symmetric, fit)
         for start in range(0, rows, step)
     ]
     qweight, scales, zero_points = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -217,14 +236,11 @@ def quantize(
 
 
 def _quantize_rows(
-    weight: Tensor, mass: Tensor, bits: int, symmetric: bool, search: bool
+    weight: Tensor, mass: Tensor, bits: int, symmetric: bool, fit: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes, scales and packed zero points of some rows; ``mass`` is (blocks, size, 1)."""
     blocks = split_blocks(weight.to(torch.float32), mass.shape[1])
-    if search:
-        scale, zero_point = search_qparams(blocks, mass, bits, symmetric)
-    else:
-        scale, zero_point = choose_qparams(blocks, bits, symmetric)
+    scale, zero_point = fit_qparams(blocks, mass, bits, symmetric, fit)
     return pack_blocks(encode(blocks, scale, zero_point, bits) + zero_point, scale, zero_point, bits)
 
 

@@ -19,6 +19,7 @@ from gemini.errors import RecipeError
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # bitsandbytes quantizes blocks of these sizes on CPU, and MatMulBnb4 reads them.
 BNB_BLOCK_SIZES = (64, 128, 256, 512)
+FITS = ("moments", "hqq", "nearest")
 MIXED_FORMATS = ("int4-64", "int4-32", "int8-64")  # bits and block size
 
 
@@ -89,7 +90,8 @@ class QuantizeInt4:
     """Linear weights in 4-bit blocks, the token embedding and the head at ``embedding_bits``.
 
     Convolutions get 8 bits: they hold few of the weights and the pixels nearest to the input.
-    ``search`` fits scale and zero point to the error weighted by E[x^2]; without it, nearest.
+    ``fit`` says where scales and zero points come from: "moments" the error weighted by E[x^2], "hqq" an
+    error norm that bears outliers, without any data (`gemini.compress.hqq`), "nearest" the range.
     ``gptq`` then rounds feature by feature, those to come making up for the error, each layer with everything
     before it already quantized (`gemini.compress.gptq`); it needs calibration.
     ``awq`` first moves so much of the activations' size into the weights as rounds best
@@ -100,7 +102,7 @@ class QuantizeInt4:
     type: ClassVar[str] = "quantize_int4"
     block_size: int = 64
     symmetric: bool = False
-    search: bool = True
+    fit: str = "moments"
     gptq: bool = False
     awq: bool = False
     embedding_bits: int = 8
@@ -111,7 +113,11 @@ class QuantizeInt4:
     def __post_init__(self) -> None:
         _check_choice("block_size", self.block_size, BLOCK_SIZES)
         _check_bool("symmetric", self.symmetric)
-        _check_bool("search", self.search)
+        if self.fit not in FITS or (self.fit == "hqq" and self.symmetric):
+            raise RecipeError(
+                f"`fit` is {self.fit!r} with symmetric = {str(self.symmetric).lower()}.",
+                f"Choose one of {', '.join(FITS)}; hqq needs symmetric = false.",
+            )
         _check_bool("gptq", self.gptq)
         _check_bool("awq", self.awq)
         _check_choice("embedding_bits", self.embedding_bits, (4, 8, 32))

@@ -12,7 +12,7 @@ from gemini.compress.select import select_layers
 from gemini.compress.specs import QuantizeInt4
 
 WINDOWS = make_windows(4, 24)
-FORM = Integers(4, 32, symmetric=False, search=False)
+FORM = Integers(4, 32, symmetric=False, fit="nearest")
 
 
 def linears(model):
@@ -141,7 +141,7 @@ def test_a_model_with_unequal_features_loses_less():
 
     def divergence(**options):
         model = uneven()
-        (report,) = run(model, QuantizeInt4(block_size=32, search=False, **options), calibration=WINDOWS)
+        (report,) = run(model, QuantizeInt4(block_size=32, fit="nearest", **options), calibration=WINDOWS)
         found = logits_of(model, WINDOWS).double().log_softmax(-1)
         return float((expected.exp() * (expected - found)).sum(-1).mean()), report
 

@@ -43,14 +43,14 @@ def slow_codes(weight, hessian, scales, zeros, block_size, bits, damping=0.01) -
     return codes
 
 
-@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("fit", ["moments", "nearest"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     ("bits", "rows", "columns", "block_size"), [(4, 24, 128, 32), (4, 8, 150, 64), (8, 16, 96, 16)]
 )
-def test_codes_equal_the_elimination_integer_for_integer(bits, rows, columns, block_size, symmetric, search):
+def test_codes_equal_the_elimination_integer_for_integer(bits, rows, columns, block_size, symmetric, fit):
     weight, hessian = case(rows, columns)
-    found = gptq(weight, hessian, bits=bits, block_size=block_size, symmetric=symmetric, search=search)
+    found = gptq(weight, hessian, bits=bits, block_size=block_size, symmetric=symmetric, fit=fit)
     scales = found.scales.double().numpy()
     # Scales and zero points are those of the weight as it was.
     plain = quantize(
@@ -58,7 +58,7 @@ def test_codes_equal_the_elimination_integer_for_integer(bits, rows, columns, bl
         bits=bits,
         block_size=block_size,
         symmetric=symmetric,
-        search=search,
+        fit=fit,
         importance=hessian.diagonal(),
     )
     assert torch.equal(found.scales, plain.scales)
@@ -87,7 +87,7 @@ def test_the_output_error_falls_far_below_rounding(subtests):
     for bits in (4, 8):
         kinds = {
             "searched": quantize(
-                weight, bits=bits, block_size=32, search=True, importance=hessian.diagonal()
+                weight, bits=bits, block_size=32, fit="moments", importance=hessian.diagonal()
             ),
             "gptq": gptq(weight, hessian, bits=bits, block_size=32),
         }
@@ -104,7 +104,7 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up_for():
     weight, hessian = case(16, 128)
     diagonal = torch.diag(hessian.diagonal())
     found = gptq(weight, diagonal, bits=4, block_size=32)
-    plain = quantize(weight, bits=4, block_size=32, search=True, importance=hessian.diagonal())
+    plain = quantize(weight, bits=4, block_size=32, fit="moments", importance=hessian.diagonal())
     assert torch.equal(found.qweight, plain.qweight)
 
 

@@ -47,7 +47,7 @@ def array(tensor):
 @pytest.mark.parametrize(("columns", "size"), [(64, 16), (96, 32), (192, 64), (100, 32), (83, 32)])
 def test_matmul_nbits_equals_quantized_linear(bits, symmetric, columns, size):
     weight, bias, x = make_case(24, columns)
-    layer = make_linear(weight, bias, Integers(bits, size, symmetric, search=True))
+    layer = make_linear(weight, bias, Integers(bits, size, symmetric, fit="moments"))
     got = run_node(
         "MatMulNBits",
         {"x": x.numpy()},

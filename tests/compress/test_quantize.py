@@ -50,11 +50,11 @@ def slow_dequantize(q, columns: int) -> np.ndarray:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("search", [True, False])
-def test_dequantized_equals_the_loop_over_the_packed_bytes(bits, symmetric, search):
+@pytest.mark.parametrize("fit", ["moments", "nearest"])
+def test_dequantized_equals_the_loop_over_the_packed_bytes(bits, symmetric, fit):
     weight = make_weight(5, 83)  # 83: a ragged tail, and an odd number of blocks
     made = quantize(
-        weight, bits=bits, block_size=32, symmetric=symmetric, search=search, importance=make_importance(83)
+        weight, bits=bits, block_size=32, symmetric=symmetric, fit=fit, importance=make_importance(83)
     )
     # Exact: both multiply the same two float32 numbers.
     np.testing.assert_array_equal(made.dequantized().numpy(), slow_dequantize(made, 83))
@@ -129,7 +129,7 @@ def test_search_comes_near_the_best_of_a_dense_scan(symmetric, slack):
     """
     weight, importance = make_weight(48, 64, seed=5).double(), make_importance(64).double()
     made = quantize(
-        weight.float(), bits=4, block_size=64, symmetric=symmetric, search=True, importance=importance
+        weight.float(), bits=4, block_size=64, symmetric=symmetric, fit="moments", importance=importance
     )
     found = ((made.dequantized().double() - weight).square() * importance).sum(1)
     best = torch.full((48,), math.inf, dtype=torch.float64)
@@ -152,8 +152,8 @@ def test_all_zero_and_constant_blocks_are_exact_and_finite():
     weight[1] = 0.25
     weight[2] = -3.0
     for symmetric in (True, False):
-        for search in (True, False):
-            made = quantize(weight, bits=4, block_size=32, symmetric=symmetric, search=search)
+        for fit in ("moments", "nearest"):
+            made = quantize(weight, bits=4, block_size=32, symmetric=symmetric, fit=fit)
             assert bool(torch.isfinite(made.scales).all()) and bool((made.scales != 0).all())
             # One float32 division and one product: 1e-6 relative.
             torch.testing.assert_close(made.dequantized(), weight, rtol=1e-6, atol=0)
@@ -163,15 +163,15 @@ def test_a_huge_outlier_does_not_make_codes_wrap():
     weight = make_weight(2, 64)
     weight[0, 3], weight[1, 40] = 1e6, -1e6
     for symmetric in (True, False):
-        for search in (True, False):
-            got = quantize(weight, bits=4, block_size=64, symmetric=symmetric, search=search).dequantized()
+        for fit in ("moments", "nearest"):
+            got = quantize(weight, bits=4, block_size=64, symmetric=symmetric, fit=fit).dequantized()
             # The outlier carries all the error, so it must be met within a step of 1/30 of the range.
             assert got[0, 3] == pytest.approx(1e6, rel=0.04)
             assert got[1, 40] == pytest.approx(-1e6, rel=0.04)
 
 
 def test_padding_of_a_ragged_tail_dequantizes_to_zero():
-    made = quantize(make_weight(4, 40), bits=4, block_size=32, search=True)
+    made = quantize(make_weight(4, 40), bits=4, block_size=32, fit="moments")
     codes = unpack_4bit(made.qweight, 32)
     zeros = unpack_4bit(made.zero_points, 2)
     assert bool((codes[:, 1, 8:] == zeros[:, 1:]).all())
@@ -190,7 +190,7 @@ def test_ignored_features_do_not_pull_the_scale():
     weight[:, 0] = 5.0
     importance = torch.ones(64)
     importance[0] = 0.0
-    made = quantize(weight, bits=4, block_size=64, search=True, importance=importance)
+    made = quantize(weight, bits=4, block_size=64, fit="moments", importance=importance)
     error = (made.dequantized() - weight)[:, 1:].square().mean()
     plain = (quantize(weight, bits=4, block_size=64).dequantized() - weight)[:, 1:].square().mean()
     # Round to nearest spends its range on the outlier; the grid goes down to half of that range, 1/4 of the
@@ -200,8 +200,8 @@ def test_ignored_features_do_not_pull_the_scale():
 
 def test_importance_of_all_zeros_and_none_are_accepted():
     weight = make_weight(4, 64)
-    a = quantize(weight, bits=4, block_size=32, search=True, importance=torch.zeros(64))
-    b = quantize(weight, bits=4, block_size=32, search=True)
+    a = quantize(weight, bits=4, block_size=32, fit="moments", importance=torch.zeros(64))
+    b = quantize(weight, bits=4, block_size=32, fit="moments")
     # 1e-5: the same sums, times a floor instead of one.
     torch.testing.assert_close(a.dequantized(), b.dequantized(), rtol=1e-5, atol=1e-8)
 
@@ -218,9 +218,9 @@ def test_values_that_are_not_finite_are_refused(value):
 
 def test_row_chunks_do_not_change_the_result(monkeypatch):
     weight, importance = make_weight(37, 96), make_importance(96)
-    whole = quantize(weight, bits=4, block_size=32, search=True, importance=importance)
+    whole = quantize(weight, bits=4, block_size=32, fit="moments", importance=importance)
     monkeypatch.setattr("gemini.compress.quantize._CHUNK", 96 * 5)
-    parts = quantize(weight, bits=4, block_size=32, search=True, importance=importance)
+    parts = quantize(weight, bits=4, block_size=32, fit="moments", importance=importance)
     # Sums may be split differently inside a matrix product, so equality is asked of the values, not the bits.
     torch.testing.assert_close(whole.dequantized(), parts.dequantized(), rtol=1e-4, atol=1e-6)
 
@@ -228,7 +228,8 @@ def test_row_chunks_do_not_change_the_result(monkeypatch):
 def test_same_input_gives_identical_bytes():
     weight, importance = make_weight(64, 100), make_importance(100)
     first, second = (
-        quantize(weight.clone(), bits=4, block_size=64, search=True, importance=importance) for _ in range(2)
+        quantize(weight.clone(), bits=4, block_size=64, fit="moments", importance=importance)
+        for _ in range(2)
     )
     for name in ("qweight", "scales", "zero_points"):
         assert getattr(first, name).numpy().tobytes() == getattr(second, name).numpy().tobytes()

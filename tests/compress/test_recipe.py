@@ -31,7 +31,7 @@ def test_built_in_recipes_hold_the_pass_they_are_named_after():
     [
         QuantizeInt8(PerChannel(), embeddings=False, skip=("a.*", "b")),
         QuantizeInt8(PerBlock(128)),
-        QuantizeInt4(block_size=32, symmetric=True, search=False, embedding_bits=4, skip=("x",)),
+        QuantizeInt4(block_size=32, symmetric=True, fit="nearest", embedding_bits=4, skip=("x",)),
         QuantizeNF4(block_size=128, embedding_bits=32),
     ],
 )
@@ -56,7 +56,7 @@ def test_a_file_holds_passes_in_order(tmp_path):
     [
         (
             '[[pass]]\ntype = "quantize_int4"\nblok_size = 32\n',
-            ["blok_size", "Did you mean `block_size`", "search"],
+            ["blok_size", "Did you mean `block_size`", "fit"],
         ),
         (
             '[[pass]]\ntype = "quantise_int4"\n',
