@@ -20,6 +20,7 @@ import numpy as np
 
 from gemini.errors import RequestError, UsageError
 from gemini.runtime import Label, Seq2SeqGenerator, TextClassifier, TextGenerator, load
+from gemini.runtime.seq2seq import CAPTION_BEAMS
 from gemini.runtime.vision import open_image
 
 if TYPE_CHECKING:
@@ -58,8 +59,13 @@ class Model:
         pieces: Iterator[str] = session.stream(source, **{"max_new_tokens": max_length, **options})
         return pieces
 
-    def generate_caption(self, image: Any, language: str = "en", max_length: int = 32) -> str:
-        """What is in the image (a path, bytes, a PIL image or a uint8 array (H, W, 3)), in a few words."""
+    def generate_caption(
+        self, image: Any, language: str = "en", max_length: int = 32, num_beams: int = CAPTION_BEAMS
+    ) -> str:
+        """What is in the image (a path, bytes, a PIL image or a uint8 array (H, W, 3)), in a few words.
+
+        With more beams a likelier caption may be found; one is greedy.
+        """
         session = self._able("caption images", Seq2SeqGenerator)
         captions = {
             name.removeprefix("image-to-text").lstrip("-") or "en": prefix
@@ -67,12 +73,13 @@ class Model:
             if name.startswith("image-to-text")
         }
         if not captions:
-            return str(session.generate(image=image, max_new_tokens=max_length).text)
+            return str(session.generate(image=image, max_new_tokens=max_length, num_beams=num_beams).text)
         if language not in captions:
             raise RequestError(
                 f"This model writes no captions in {language!r}.", f"Choose one of {', '.join(captions)}."
             )
-        return str(session.generate(captions[language], image, max_new_tokens=max_length).text)
+        options: OptionArgs = {"max_new_tokens": max_length, "num_beams": num_beams}
+        return str(session.generate(captions[language], image, **options).text)
 
     def classify(self, text: str) -> Label:
         """The likeliest label of a text, with its probability among the labels."""

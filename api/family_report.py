@@ -87,7 +87,7 @@ def load_examples(cache: Path) -> Examples:
 
 
 def ask_torch(folder: Path, examples: Examples) -> Answers:
-    """The checkpoint itself, greedy."""
+    """The checkpoint itself: captions with beams, the rest greedy."""
     model, tokenizer = load_checkpoint(folder)
     pixels = torch.from_numpy(np.stack(examples.images)).permute(0, 3, 1, 2).float() / 255
     pixels = (pixels - 0.5) / 0.5
@@ -115,7 +115,7 @@ def ask_bundle(model: Model, examples: Examples) -> Answers:
     labels: dict[str, list[str]] = {}
     for language in examples.names:
         captions[language] = [
-            model.generate_caption(image, language, 24).strip()
+            model.generate_caption(image, language, max_length=24).strip()
             for image in tqdm(examples.images, desc=f"captions {language}", leave=False, delay=2)
         ]
     for language, reviews in examples.reviews.items():

@@ -235,7 +235,7 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource, plann
 
 
 def round_to_nearest(recipe: Recipe) -> Recipe | None:
-    """The same bits and blocks rounded to nearest, without promoted layers; None if the recipe has neither."""
+    """The same bits and blocks rounded to nearest, without promoted layers; None if it is that already."""
     specs = tuple(
         replace(spec, fit="nearest", gptq=False, awq=False, sensitive_share=0.0)
         if isinstance(spec, QuantizeInt4)

@@ -96,6 +96,20 @@ class Decoder:
         self._lengths = self._lengths + 1
         return self._run(step=True)
 
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Let row i go on from what is row ``rows[i]`` now; int64 (B,)."""
+        if (rows == np.arange(rows.size)).all():
+            return
+        self._lengths = self._lengths[rows]
+        for index, value in enumerate(self._values):
+            chosen = np.ascontiguousarray(value.numpy()[rows])
+            if self._model.cache == "shared":
+                value.update_inplace(chosen)
+            else:
+                self._values[index] = kv.to_device(chosen, self._graph.device)
+        if self._model.cache != "shared":
+            self._bind_cache()
+
     def memory(self) -> dict[str, int]:
         """Bytes held: "kv_cache" (that over an encoder included) and "buffers" (step inputs and logits)."""
         return {

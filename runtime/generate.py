@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemini.errors import RequestError
+from gemini.runtime.beams import beam_search
 from gemini.runtime.options import DEFAULT_NEW_TOKENS, GenerationOptions
 from gemini.runtime.sampling import Sampler
 
@@ -24,6 +25,7 @@ class Inference(Protocol):
 
     def prefill(self, ids: Prompts) -> NDArray[np.float32]: ...
     def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]: ...
+    def reorder(self, rows: NDArray[np.int64]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -93,7 +95,20 @@ def generate_tokens(
     limit: int,
     on_token: OnToken | None = None,
 ) -> tuple[list[list[int]], list[str]]:
-    """Run the loop to its end: the new tokens of each row (eos included) and why each row ended."""
+    """Run the loop to its end: the new tokens of each row (eos included) and why each row ended.
+
+    A search with beams hands its tokens on once it is over.
+    """
+    if options.searches:
+        try:
+            found, reasons = beam_search(inference, prompts, options, eos, limit)
+        finally:
+            inference.close()
+        for row, answer in enumerate(found):
+            for token in answer:
+                if on_token is not None and on_token(row, token):
+                    break
+        return found, reasons
     rows: list[list[int]] = [[] for _ in prompts]
     events = token_events(inference, prompts, options, eos, limit)
     try:

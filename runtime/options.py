@@ -19,7 +19,8 @@ class GenerationOptions:
 
     ``max_new_tokens=None`` means 128, or fewer where the context ends earlier. ``temperature=0`` means
     greedy. ``seed=None`` draws fresh randomness; row i of a batch uses ``seed + i``, so it equals a single
-    run with it.
+    run with it. ``num_beams`` above 1 searches with that many beams (`gemini.runtime.beams`) where nothing is
+    sampled and the whole text is asked for; a stream is greedy.
     """
 
     max_new_tokens: int | None = None
@@ -32,6 +33,9 @@ class GenerationOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
@@ -45,12 +49,21 @@ class GenerationOptions:
         _number("repetition_penalty", self.repetition_penalty, 0.0, 1e6)
         if self.top_p == 0.0 or self.repetition_penalty == 0.0:
             raise RequestError("top_p and repetition_penalty must be above 0.", "Use 1.0 to switch them off.")
+        _integer("num_beams", self.num_beams, 1)
+        _number("length_penalty", self.length_penalty, -100.0, 100.0)
+        if not isinstance(self.early_stopping, bool):
+            raise RequestError(f"early_stopping is {self.early_stopping!r}.", "Use True or False.")
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise RequestError("A stop string is empty or not a text.", "Give a tuple of non-empty texts.")
 
     @property
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0.0
+
+    @property
+    def searches(self) -> bool:
+        """Whether several beams are followed."""
+        return self.greedy and self.num_beams > 1
 
 
 class OptionArgs(TypedDict, total=False):
@@ -66,6 +79,9 @@ class OptionArgs(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     ignore_eos: bool | None
+    num_beams: int | None
+    length_penalty: float | None
+    early_stopping: bool | None
 
 
 def make_options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationOptions:

@@ -34,6 +34,7 @@ from gemini.runtime.transcript import Generation, Transcript, pieces
 from gemini.runtime.vision import Preprocessing, parse_preprocessing, preprocess_images
 
 TEXT = "text2text-generation"  # the task whose prefix a prompt gets
+CAPTION_BEAMS = 4  # names are short, and what begins likely is often not what is likely
 CAPTION = "image-to-text"  # the task whose prefix an image without text gets
 
 
@@ -200,7 +201,13 @@ class Seq2SeqGenerator:
         count = len(sources) if sources is not None else len(pixels) if pixels is not None else 0
         prompts = self._starts(count)
         limit = new_token_limit(prompts, options, self.model.decoder.context_length)
-        decoder = self.decoder(self.encode(sources, pixels), limit)
+        encoded = self.encode(sources, pixels)
+        if options.searches:
+            encoded = {
+                name: kv.to_device(np.repeat(value.numpy(), options.num_beams, axis=0), self.device)
+                for name, value in encoded.items()
+            }
+        decoder = self.decoder(encoded, limit)
         return generate_tokens(decoder, prompts, options, self.eos, limit, on_token)
 
     def _starts(self, count: int) -> list[list[int]]:
@@ -315,9 +322,17 @@ class SourceInference:
 
     def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append a token to each answer; logits (B, V)."""
+        return self._running.step(tokens)
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Let row i go on from what is row ``rows[i]`` now; each row keeps its source."""
+        self._running.reorder(rows)
+
+    @property
+    def _running(self) -> Decoder:
         if self._decoder is None:
             raise RequestError("A step came before any prefill.", "Call prefill first.")
-        return self._decoder.step(tokens)
+        return self._decoder
 
     def close(self) -> None:
         """Free the caches."""

@@ -11,7 +11,14 @@ from gemini.cli.inputs import checked_text, read_stdin
 from gemini.errors import UsageError
 
 if TYPE_CHECKING:
-    from gemini.runtime import Embedder, ImageClassifier, Seq2SeqGenerator, TextClassifier, TextGenerator
+    from gemini.runtime import (
+        Embedder,
+        Generation,
+        ImageClassifier,
+        Seq2SeqGenerator,
+        TextClassifier,
+        TextGenerator,
+    )
     from gemini.runtime.options import OptionArgs
 
 HELP = "Run a bundle: generate text (streamed), embed or classify texts, classify or describe images."
@@ -56,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         type=float,
         help="above 1 discourages tokens that already appeared",
+    )
+    generation.add_argument(
+        "--num-beams",
+        metavar="N",
+        type=int,
+        help="follow so many beginnings at once and print the likeliest text (default: 4 to say what is "
+        "in an image, else 1)",
     )
     generation.add_argument("--seed", metavar="N", type=int, help="makes sampling repeatable")
     generation.add_argument(
@@ -121,6 +135,7 @@ def _options(args: argparse.Namespace) -> OptionArgs:
         "min_p": args.min_p,
         "repetition_penalty": args.repetition_penalty,
         "seed": args.seed,
+        "num_beams": args.num_beams,
         "stop": args.stop,
     }
 
@@ -128,28 +143,45 @@ def _options(args: argparse.Namespace) -> OptionArgs:
 def _generate(session: TextGenerator, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     """Stream the text; with --json nobody reads along, so the whole generation comes with its counts."""
     result: dict[str, Any] = {"task": "text-generation", "prompt": prompt}
-    if args.json:
-        return result | {"generation": session.generate(prompt, chat=args.chat, **_options(args))}
+    if args.json or args.num_beams:
+        answer = session.generate(prompt, chat=args.chat, **_options(args))
+        assert not isinstance(answer, list)
+        return result | _whole(answer, args)
     return result | {"text": _print(session.stream(prompt, chat=args.chat, **_options(args)))}
 
 
 def _answer(session: Seq2SeqGenerator, prompt: str | None, args: argparse.Namespace) -> dict[str, Any]:
-    """Stream the answer to one source; several images are answered one a line."""
+    """Stream the answer to one source, unless a search with beams finds it; several images, one a line."""
     if args.chat:
         raise UsageError("This model holds no conversations.", "Leave --chat out.")
     images: list[str] = args.image or []
     prompt = session.prefixed(prompt) if prompt is not None and not images else prompt
     result = {"task": session.bundle.manifest.task, "prompt": prompt, "images": images}
+    from gemini.runtime.seq2seq import CAPTION_BEAMS
+
+    options = _options(args)
+    sampling = ("temperature", "top_k", "top_p", "min_p", "seed")
+    if images and prompt is None and not any(options.get(name) is not None for name in sampling):
+        options["num_beams"] = args.num_beams or CAPTION_BEAMS
     if len(images) > 1:
-        answers = session.generate(prompt, images, **_options(args))
+        answers = session.generate(prompt, images, **options)
         assert isinstance(answers, list)
         if not args.json:
             print("\n".join(f"{name}  {answer.text}" for name, answer in zip(images, answers, strict=True)))
         return result | {"generations": answers}
     image = images[0] if images else None
-    if args.json:
-        return result | {"generation": session.generate(prompt, image, **_options(args))}
-    return result | {"text": _print(session.stream(prompt, image, **_options(args)))}
+    if args.json or options.get("num_beams"):
+        answer = session.generate(prompt, image, **options)
+        assert not isinstance(answer, list)
+        return result | _whole(answer, args)
+    return result | {"text": _print(session.stream(prompt, image, **options))}
+
+
+def _whole(answer: Generation, args: argparse.Namespace) -> dict[str, Any]:
+    """Print an answer that was not streamed, unless it goes into JSON anyway."""
+    if not args.json:
+        print(answer.text)
+    return {"generation": answer}
 
 
 def _print(stream: Iterator[str]) -> str:

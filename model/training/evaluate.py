@@ -21,9 +21,16 @@ from gemini.model.training.tasks import IGNORED, Batch, NameTask, Task, encode, 
 
 @torch.inference_mode()
 def captions(
-    model: Any, tokenizer: Any, pixels: Tensor, language: str, *, batch: int = 100, longest: int = 24
+    model: Any,
+    tokenizer: Any,
+    pixels: Tensor,
+    language: str,
+    *,
+    batch: int = 100,
+    longest: int = 24,
+    beams: int = 4,
 ) -> list[str]:
-    """Greedy names of normalized images (N, 3, H, W)."""
+    """The names of normalized images (N, 3, H, W) that a search with so many beams finds; 1 is greedy."""
     prompt = torch.tensor(encode(tokenizer, [caption_prompt(language)]))
     names: list[str] = []
     for part in pixels.split(batch):
@@ -33,6 +40,7 @@ def captions(
             pixel_values=part,
             max_new_tokens=longest,
             do_sample=False,
+            num_beams=beams,
         )
         names += [name.strip() for name in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     return names

@@ -27,12 +27,12 @@ def reference(gemini_folder: Path):
     )
 
 
-def in_torch(reference, source: str, picture: str | None = None, tokens: int = 12) -> str:
+def in_torch(reference, source: str, picture: str | None = None, tokens: int = 12, beams: int = 1) -> str:
     network, tokenizer, processor = reference
     inputs = dict(tokenizer(source, return_tensors="pt", return_token_type_ids=False))
     if picture is not None:
         inputs |= processor(gemini.load_image(picture), return_tensors="pt")
-    ids = network.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
+    ids = network.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=beams)[0]
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -57,8 +57,11 @@ def test_sampling_options_reach_the_sampler(model):
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_an_image_is_captioned_as_in_torch(language, model, reference, picture):
-    expected = in_torch(reference, caption_prompt(language), picture)
-    assert model.generate_caption(gemini.load_image(picture), language, max_length=12) == expected
+    for beams in (4, 1):
+        expected = in_torch(reference, caption_prompt(language), picture, beams=beams)
+        image = gemini.load_image(picture)
+        assert model.generate_caption(image, language, max_length=12, num_beams=beams) == expected
+    assert model.generate_caption(picture, language) == model.generate_caption(picture, language, num_beams=4)
 
 
 def test_a_label_has_the_probability_that_torch_gives_it(model, reference):
