@@ -37,7 +37,7 @@ TIMED = 40
 class Row:
     """One model: how good, how large, how fast; percents, megabytes, milliseconds.
 
-    ``same_captions`` and ``same_tokens`` compare with torch; latencies are medians of single calls.
+    ``same_captions`` (greedy) and ``same_tokens`` compare with torch; latencies are medians of single calls.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Answers:
     """What one model says."""
 
     captions: dict[str, list[str]]
+    greedy: dict[str, list[str]]  # captions of the first SAME_IMAGES, without a search
     labels: dict[str, list[str]]
     tokens: list[list[int]]
 
@@ -104,7 +105,11 @@ def ask_torch(folder: Path, examples: Examples) -> Answers:
     captions = {
         language: evaluate.captions(model, tokenizer, pixels, language) for language in examples.names
     }
-    return Answers(captions, labels, tokens)
+    greedy = {
+        language: evaluate.captions(model, tokenizer, pixels[:SAME_IMAGES], language, beams=1)
+        for language in examples.names
+    }
+    return Answers(captions, greedy, labels, tokens)
 
 
 def ask_bundle(model: Model, examples: Examples) -> Answers:
@@ -112,11 +117,16 @@ def ask_bundle(model: Model, examples: Examples) -> Answers:
     session = model.session
     assert isinstance(session, Seq2SeqGenerator)
     captions: dict[str, list[str]] = {}
+    greedy: dict[str, list[str]] = {}
     labels: dict[str, list[str]] = {}
     for language in examples.names:
         captions[language] = [
             model.generate_caption(image, language, max_length=24).strip()
             for image in tqdm(examples.images, desc=f"captions {language}", leave=False, delay=2)
+        ]
+        greedy[language] = [
+            model.generate_caption(image, language, max_length=24, num_beams=1).strip()
+            for image in examples.images[:SAME_IMAGES]
         ]
     for language, reviews in examples.reviews.items():
         labels[language] = [
@@ -125,7 +135,7 @@ def ask_bundle(model: Model, examples: Examples) -> Answers:
         ]
     sources = [session.tokenizer.encode(session.prefixed(prompt)) for prompt in examples.prompts]
     options = GenerationOptions(max_new_tokens=SAME_TOKENS)
-    return Answers(captions, labels, session.generate_ids(sources, options=options))
+    return Answers(captions, greedy, labels, session.generate_ids(sources, options=options))
 
 
 def judge(name: str, answers: Answers, examples: Examples, reference: Answers | None = None) -> Row:
@@ -152,8 +162,8 @@ def judge(name: str, answers: Answers, examples: Examples, reference: Answers | 
         return row
     pairs = [
         (found, expected)
-        for language, own in answers.captions.items()
-        for found, expected in zip(own[:SAME_IMAGES], reference.captions[language][:SAME_IMAGES], strict=True)
+        for language, own in answers.greedy.items()
+        for found, expected in zip(own, reference.greedy[language], strict=True)
     ]
     same_tokens = [a == b for a, b in zip(answers.tokens, reference.tokens, strict=True)]
     return replace(

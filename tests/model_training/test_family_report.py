@@ -49,10 +49,9 @@ def test_other_answers_are_counted(cache, monkeypatch):
     count = len(examples.images)
     captions = {language: list(names) for language, names in examples.names.items()}
     labels = {language: ["positive"] * len(reviews) for language, reviews in examples.reviews.items()}
-    reference = family_report.Answers(captions, labels, [[1, 2], [3, 4]])
-    answers = dataclasses.replace(
-        reference, captions={**captions, "en": ["?", *captions["en"][1:]]}, tokens=[[1, 2], [3, 5]]
-    )
+    reference = family_report.Answers(captions, captions, labels, [[1, 2], [3, 4]])
+    wrong = {**captions, "en": ["?", *captions["en"][1:]]}
+    answers = dataclasses.replace(reference, captions=wrong, greedy=wrong, tokens=[[1, 2], [3, 5]])
     row = family_report.judge("other", answers, examples, reference)
     assert row.caption_en_exact == pytest.approx(100 * (count - 1) / count) and row.caption_zh_exact == 100
     assert row.same_captions == pytest.approx(100 * (2 * count - 1) / (2 * count)) and row.same_tokens == 50
