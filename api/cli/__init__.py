@@ -24,7 +24,19 @@ from gemini.cli.failure import Failure, explain
 from gemini.cli.output import to_json
 from gemini.errors import UsageError
 
-VERBS = ("compress", "run", "bench", "eval", "inspect", "verify", "doctor", "data", "stories", "train")
+VERBS = (
+    "compress",
+    "prune",
+    "run",
+    "bench",
+    "eval",
+    "inspect",
+    "verify",
+    "doctor",
+    "data",
+    "stories",
+    "train",
+)
 EXIT_CODES = (
     "exit codes: 0 done, 2 bad usage or input, 3 the accuracy gate failed, 1 a bug of ours, "
     "130 interrupted, 141 the reader of our output went away"

@@ -1,0 +1,182 @@
+"""From a checkpoint to a smaller one of the same class: layers, heads, widths, tokens.
+
+report = prune_checkpoint("smollm2-135m", "smaller", width=0.25)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gemini.benchmarks.report import to_plain
+from gemini.benchmarks.text import TextSource, default_text, read_text
+from gemini.compress.calibrate import Window
+from gemini.compress.depth import prune_layers
+from gemini.compress.prune import prune_units
+from gemini.compress.vocabulary import prune_vocabulary, write_tokenizer
+from gemini.errors import CheckpointError, UsageError
+from gemini.judges import make_judge
+from gemini.model import catalog
+from gemini.model.checkpoint import Checkpoint, load_checkpoint
+from gemini.pair_judge import calibration_feeds
+from gemini.samples import pictures, sentence_windows, text_windows
+
+WINDOWS, WINDOW, SENTENCES, IMAGES = 16, 256, 100, 16
+# What makes a sentence encoder of a folder, beside the model and its tokenizer.
+_SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+
+
+def prune_checkpoint(
+    source: str,
+    output: str | Path,
+    *,
+    layers: float = 0.0,
+    heads: float = 0.0,
+    width: float = 0.0,
+    vocabulary: Sequence[str] = (),
+    by: str = "influence",
+    compensate: bool = True,
+    task: str | None = None,
+    calibration: str | None = None,
+    eval_text: str | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Cut shares of what ``source`` has and write the smaller checkpoint to ``output``; returns the report.
+
+    Layers go first, then heads and widths, then tokens: ``vocabulary`` names text files, and a token that
+    they never use is left out. ``by`` as in ``depth.prune_layers``, ``compensate`` as in
+    ``prune.prune_units``. The report, pruning.json in the folder, has the accuracy before and after.
+    RecipeError for what cannot be cut.
+    """
+    output = Path(output)
+    if not (layers or heads or width or vocabulary):
+        raise UsageError("Nothing is to be cut.", "Give --layers, --heads, --width or --vocabulary.")
+    if output.exists() and not force:
+        raise CheckpointError(f"{output} exists already.", "Choose another folder, or add --force.")
+    built_in = default_text()
+    texts = [TextSource(Path(name).name, read_text(name)) for name in vocabulary]
+    evaluation = TextSource(Path(eval_text).name, read_text(eval_text)) if eval_text else None
+    evaluation = evaluation or TextSource(f"{built_in.name}, second half", built_in.evaluation)
+    learning = TextSource(Path(calibration).name, read_text(calibration)) if calibration else None
+    learning = learning or TextSource(f"{built_in.name}, first half", built_in.calibration)
+    checkpoint = load_checkpoint(source, task)
+    with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch:
+        before = make_judge(checkpoint, evaluation, Path(scratch))
+        made, cuts = checkpoint, []
+        if layers:
+            shallower = prune_layers(
+                made.model, _windows(made, learning), fraction=layers, by=by, progress=progress
+            )
+            made = replace(made, model=shallower.model)
+            cuts.append({"type": "layers", **to_plain(asdict(shallower.report))})
+        if heads or width:
+            thinner = prune_units(
+                made.model,
+                _windows(made, learning),
+                heads=heads,
+                width=width,
+                compensate=compensate,
+                progress=progress,
+            )
+            made = replace(made, model=thinner.model)
+            cuts.append({"type": "units", **to_plain(asdict(thinner.report))})
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+        try:
+            _write(made, source, staged)
+            if texts:
+                made, cut = _cut_vocabulary(made, texts, staged)
+                cuts.append(cut)
+            after = make_judge(load_checkpoint(str(staged), checkpoint.task), evaluation, Path(scratch))
+            report = {
+                "name": checkpoint.name,
+                "task": checkpoint.task,
+                "metric": before.metric,
+                "before": {"parameters": parameters(checkpoint), **before.reference},
+                "after": {"parameters": parameters(made), **after.reference},
+                "cuts": cuts,
+                "evaluation": before.data(),
+                "calibration": learning.to_dict(),
+            }
+            plain: dict[str, Any] = json.loads(json.dumps(to_plain(report)))
+            (staged / "pruning.json").write_text(json.dumps(plain, indent=1), "utf-8")
+            if output.exists():
+                shutil.rmtree(output)
+            staged.chmod(0o755)
+            staged.rename(output)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    return {**plain, "checkpoint": str(output)}
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """Weights of the model, shared ones once."""
+    return sum(parameter.numel() for parameter in checkpoint.model.parameters())
+
+
+def _windows(checkpoint: Checkpoint, text: TextSource) -> list[Window]:
+    """Calibration data as the model reads it."""
+    if checkpoint.family == "vision":
+        shape = (checkpoint.model.config.num_channels, *_sides(checkpoint))
+        return [{"pixel_values": image[None]} for image in pictures(shape, IMAGES)]
+    if checkpoint.family == "encoder":
+        return list(sentence_windows(checkpoint, text, SENTENCES))
+    return list(calibration_feeds(checkpoint, text_windows(checkpoint, text, WINDOWS, WINDOW)))
+
+
+def _sides(checkpoint: Checkpoint) -> tuple[int, int]:
+    size = checkpoint.model.config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _write(checkpoint: Checkpoint, source: str, folder: Path) -> None:
+    checkpoint.model.save_pretrained(folder)
+    for part in (checkpoint.tokenizer, checkpoint.processor):
+        if part is not None:
+            part.save_pretrained(folder)  # type: ignore[union-attr, attr-defined]
+    if checkpoint.source["kind"] == "gguf":
+        return
+    origin = catalog.find(source) if checkpoint.source["kind"] == "catalog" else Path(source)
+    for name in _SENTENCE_FILES:
+        if origin.is_dir() and (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
+    pooling = origin / "1_Pooling" / "config.json"
+    if origin.is_dir() and pooling.is_file():
+        (folder / "1_Pooling").mkdir()
+        shutil.copyfile(pooling, folder / "1_Pooling" / "config.json")
+
+
+def _cut_vocabulary(
+    checkpoint: Checkpoint, texts: Sequence[TextSource], folder: Path
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """Leave out what the texts do not use, in the model and in the tokenizer's files of ``folder``."""
+    if checkpoint.tokenizer is None:
+        raise UsageError("This model has no vocabulary.", "Leave --vocabulary out.")
+    backend: Tokenizer = checkpoint.tokenizer.backend_tokenizer
+    smaller = prune_vocabulary(checkpoint.model, json.loads(backend.to_str()), [text.text for text in texts])
+    smaller.model.save_pretrained(folder)
+    write_tokenizer(folder, smaller.vocabulary, folder)
+    cut = {
+        "type": "vocabulary",
+        "tokens_before": smaller.tokens_before,
+        "tokens_after": smaller.tokens_after,
+        "texts": [text.to_dict() for text in texts],
+    }
+    return replace(checkpoint, model=smaller.model), cut
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The accuracy before and after in a few lines."""
+    lines = []
+    for key in ("parameters", report["metric"]):
+        pair = (report[part].get(key) for part in ("before", "after"))
+        lines.append(f"{key:<12}" + " -> ".join(f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in pair))
+    return "\n".join(lines)
