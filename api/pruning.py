@@ -141,7 +141,7 @@ def _write(checkpoint: Checkpoint, source: str, folder: Path) -> None:
     checkpoint.model.save_pretrained(folder)
     for part in (checkpoint.tokenizer, checkpoint.processor):
         if part is not None:
-            part.save_pretrained(folder)  # type: ignore[union-attr, attr-defined]
+            part.save_pretrained(folder)  # type: ignore[union-attr]
     if checkpoint.source["kind"] == "gguf":
         return
     origin = catalog.find(source) if checkpoint.source["kind"] == "catalog" else Path(source)
