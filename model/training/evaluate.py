@@ -120,7 +120,7 @@ def judge_sentiment(
 @torch.inference_mode()
 def name_accuracy(model: Any, task: NameTask, *, batch: int = 100) -> float:
     """Percent of a split's drawings whose class comes first."""
-    pixels = task.pictures.draw(task.known, np.random.default_rng(0))
+    pixels = task.pictures.draw(task.known, np.random.default_rng(0), train=False)
     found = torch.cat([model(pixel_values=part).logits.argmax(1) for part in pixels.split(batch)])
     return 100 * (found == task.labels).float().mean().item()
 

@@ -44,7 +44,6 @@ class TaskOptions:
     targets of reviews they have the weight ``teacher_share``; the file's other texts are learnt too. Drawings
     are shown with ``pixels`` along a side (0: as they are); in training they are redrawn ``redraws`` times
     beforehand (`gemini.model.data.redraw`), and the share ``still`` of them is left in place and sharp.
-    ``mixup`` blends each with another of its batch, weighted by Beta(mixup, mixup) (Zhang et al., 2018).
     """
 
     batch: int
@@ -59,7 +58,6 @@ class TaskOptions:
     pixels: int = 0
     redraws: int = 0
     still: float = 0.0
-    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "languages", tuple(self.languages))
@@ -73,7 +71,6 @@ class TaskOptions:
         _check_range("pixels", self.pixels, 0, 64)
         _check_range("redraws", self.redraws, 0, 1000)
         _check_range("still", self.still, 0, 1)
-        _check_range("mixup", self.mixup, 0, 100)
         if not self.languages or not set(self.languages) <= {"en", "zh"}:
             raise RecipeError(
                 f"`languages` is {list(self.languages)}.", 'Write ["en"], ["zh"] or ["en", "zh"].'

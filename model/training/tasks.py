@@ -67,42 +67,25 @@ class Task(ABC):
 class Pictures:
     """The drawings of a split in the options' size, as they are or, where there are any, redrawn."""
 
-    def __init__(self, corpus: Corpus, options: TaskOptions, train: bool) -> None:
-        self.train = train
+    def __init__(self, corpus: Corpus, options: TaskOptions) -> None:
         self.pixels = torch.from_numpy(corpus.drawings.pixels)
         self.redrawn = corpus.redrawn
         self.side = options.pixels or self.pixels.shape[1]
         self.still = options.still
-        self.mixup = options.mixup if train else 0.0
         self.flippable = np.array([augment.may_flip(name) for name in corpus.drawings.en])
 
-    def draw(self, rows: np.ndarray, generator: np.random.Generator) -> torch.Tensor:
+    def draw(self, rows: np.ndarray, generator: np.random.Generator, train: bool) -> torch.Tensor:
         """(B, 3, side, side), augmented in training."""
         pixels = self.pixels[rows]
-        if self.train and self.redrawn is not None:
+        if train and self.redrawn is not None:
             hands = generator.integers(self.redrawn.shape[1], size=len(rows))
             others = generator.random(len(rows)) < _REDRAWN
             pixels[others] = torch.from_numpy(self.redrawn[rows[others], hands[others]])
         noise = torch.Generator().manual_seed(int(generator.integers(2**62)))
         flips = torch.from_numpy(self.flippable[rows])
         pixels = augment.shrink(pixels, self.side)
-        image = augment.draw(pixels, noise, train=self.train, flip=flips, still=self.still)
+        image = augment.draw(pixels, noise, train=train, flip=flips, still=self.still)
         return image.contiguous(memory_format=torch.channels_last)
-
-    def mix(
-        self, images: torch.Tensor, rows: np.ndarray, generator: np.random.Generator
-    ) -> tuple[torch.Tensor, np.ndarray]:
-        """Images blended two by two, and the row that each is to be named after.
-
-        It is drawn with the weights of the blend: on average, the gradient of the blended target.
-        """
-        if not self.mixup:
-            return images, rows
-        partners = generator.permutation(len(rows))
-        weights = generator.beta(self.mixup, self.mixup, len(rows))
-        own = torch.from_numpy(weights.astype(np.float32))[:, None, None, None]
-        named = np.where(generator.random(len(rows)) < weights, rows, rows[partners])
-        return own * images + (1 - own) * images[partners], named
 
 
 class CaptionTask(Task):
@@ -116,7 +99,7 @@ class CaptionTask(Task):
         drawings = corpus.drawings
         _require(len(drawings), "drawings", "gemini-edge data")
         super().__init__(tokenizer, options, run, [1] * len(drawings), train)
-        self.pictures = Pictures(corpus, options, train)
+        self.pictures = Pictures(corpus, options)
         end = [tokenizer.eos_token_id]
         limit = run.decoder_tokens - 1
         names = {"en": drawings.en, "zh": drawings.zh}
@@ -127,13 +110,11 @@ class CaptionTask(Task):
 
     def make(self, indices: np.ndarray, generator: np.random.Generator) -> Batch:
         languages = generator.integers(len(self.prompts), size=len(indices))
-        images = self.pictures.draw(indices, generator)
-        images, named = self.pictures.mix(images, indices, generator)
         batch = self.pack(
             [self.prompts[language] for language in languages],
-            [self.targets[language][index] for language, index in zip(languages, named, strict=True)],
+            [self.targets[language][index] for language, index in zip(languages, indices, strict=True)],
         )
-        return batch | {"pixel_values": images}
+        return batch | {"pixel_values": self.pictures.draw(indices, generator, self.train)}
 
 
 class NameTask(Task):
@@ -146,13 +127,14 @@ class NameTask(Task):
         self.known = np.array([index for index, name in enumerate(drawings.en) if name in numbers])
         _require(len(self.known), "drawings", "gemini-edge data")
         super().__init__(None, options, run, [1] * len(self.known), train)
-        self.pictures = Pictures(corpus, options, train)
+        self.pictures = Pictures(corpus, options)
         self.labels = torch.tensor([numbers[drawings.en[index]] for index in self.known])
 
     def make(self, indices: np.ndarray, generator: np.random.Generator) -> Batch:
-        images = self.pictures.draw(self.known[indices], generator)
-        images, named = self.pictures.mix(images, indices, generator)
-        return {"pixel_values": images, "labels": self.labels[named]}
+        return {
+            "pixel_values": self.pictures.draw(self.known[indices], generator, self.train),
+            "labels": self.labels[indices],
+        }
 
 
 class ContinueTask(Task):

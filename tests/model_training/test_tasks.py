@@ -167,37 +167,15 @@ def test_some_drawings_are_shown_by_another_hand(options, cache):
     corpus = load_corpus(cache, "train", ["name"])
     redrawn = np.zeros((len(corpus.drawings), 3, 64, 64, 4), np.uint8)
     redrawn[..., 3] = 255  # black squares, where the originals are noise
-    corpus = dataclasses.replace(corpus, redrawn=redrawn)
+    pictures = Pictures(dataclasses.replace(corpus, redrawn=redrawn), TaskOptions(1))
     rows = np.arange(8).repeat(50)
-    seen = Pictures(corpus, TaskOptions(1), train=True).draw(rows, np.random.default_rng(0))
+    seen = pictures.draw(rows, np.random.default_rng(0), train=True)
     assert seen.shape == (400, 3, 64, 64)
     # The middle of a square stays one colour, however it was moved; a twentieth is drawn as lines.
     plain = seen[:, :, 28:36, 28:36].flatten(1).std(1) < 0.15
     assert 0.55 < plain.float().mean() < 0.8
-    shown = Pictures(corpus, TaskOptions(1), train=False).draw(np.arange(8), np.random.default_rng(0))
+    shown = pictures.draw(np.arange(8), np.random.default_rng(0), train=False)
     torch.testing.assert_close(shown, augment.on_white(torch.from_numpy(corpus.drawings.pixels)))
-
-
-def test_blended_drawings_are_named_as_often_as_they_weigh(cache):
-    corpus = load_corpus(cache, "train", ["name"])
-    rows = np.arange(400)  # of row r, each pixel is r
-    images = torch.arange(400.0)[:, None, None, None].expand(400, 3, 2, 2)
-    pictures = Pictures(corpus, TaskOptions(1, mixup=0.4), train=True)
-    off, weight = [], []
-    for seed in range(20):
-        mixed, named = pictures.mix(images, rows, np.random.default_rng(seed))
-        values = mixed[:, 0, 0, 0].numpy()
-        assert (mixed == mixed[:, :1, :1, :1]).all()
-        assert values.min() >= 0 and values.max() <= 399
-        off += list(named != rows)
-        partner = named[named != rows]
-        own, blend = rows[named != rows], values[named != rows]
-        weight += list((partner - blend) / (partner - own))  # of its own drawing, in those named otherwise
-    assert abs(np.mean(off) - 0.5) < 0.02
-    # Beta(0.4, 0.4) has mean 1/2 and variance 1/7.2; of the others the mean is E[w(1 - w)] / E[1 - w].
-    assert abs(np.mean(weight) - (0.5 - 0.25 - 1 / 7.2) / 0.5) < 0.02
-    judged = Pictures(corpus, TaskOptions(1, mixup=0.4), train=False)
-    assert judged.mix(images, rows, np.random.default_rng(0))[1] is rows
 
 
 def test_a_mimic_learns_the_states_of_its_text(tokenizer, options, corpus):
