@@ -34,8 +34,10 @@ from gemini.judges import Judge, make_judge
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
 from gemini.pair_judge import calibration_feeds
 from gemini.samples import sentence_windows, text_windows
+from gemini.self_text import SEED, sampled_windows
 
 CALIBRATION_WINDOWS, CALIBRATION_WINDOW = 12, 256
+SAMPLES, SAMPLE_LENGTH = 16, 512
 CALIBRATION_SENTENCES = 100
 _NAMED = 5  # layers in the message of a gate that failed
 
@@ -68,16 +70,21 @@ def compress_model(
     check_output(output, force)
     target = Target(target_size, target_bpw, max_drop)
     chosen = load_recipe(recipe or "int8")
-    texts = _texts(eval_text, calibration)
+    evaluation = _evaluation_text(eval_text)
+    given = _users_text(calibration) if calibration else None
     with stages("load"):
         checkpoint = load_checkpoint(source, task)
     planned = _is_planned(checkpoint, recipe, target)
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch, staging(output) as folder:
         fp32_bytes = stored_bytes(checkpoint)
         with stages("measure fp32"):
-            judge = make_judge(checkpoint, texts["evaluation"], Path(scratch))
-        windows = _calibration(checkpoint, chosen, texts["calibration"], planned)
-        feeds = calibration_feeds(checkpoint, windows or ())
+            judge = make_judge(checkpoint, evaluation, Path(scratch))
+        windows: Sequence[Any] = ()
+        described: dict[str, Any] = {}
+        if planned or _looks_at_activations(chosen):
+            with stages("calibration text"):
+                windows, described = calibration_windows(checkpoint, given, progress)
+        feeds = calibration_feeds(checkpoint, windows)
         planner = None
         if planned:
             with stages("plan formats"):
@@ -124,10 +131,7 @@ def compress_model(
             "bytes": manifest["bytes"],
             "data": {
                 "evaluation": judge.data(),
-                "calibration": {
-                    **texts["calibration"].to_dict(),
-                    "tokens": sum(w.size for w in windows or []),
-                },
+                "calibration": {**described, "tokens": sum(w.size for w in windows)},
             },
             "host": host_facts(),
             "provenance": manifest["provenance"],
@@ -205,33 +209,45 @@ class Stages:
         self.seconds["total"] = round(time.perf_counter() - self.start, 2)
 
 
-def _texts(eval_text: str | None, calibration: str | None) -> dict[str, TextSource]:
-    """The user's texts where given, else the halves of the built-in one."""
+def _evaluation_text(path: str | None) -> TextSource:
+    """The user's text where given, else half of the built-in one."""
+    if path:
+        return _users_text(path)
     built_in = default_text()
-    sources = {
-        "evaluation": (eval_text, built_in.evaluation, "second half"),
-        "calibration": (calibration, built_in.calibration, "first half"),
-    }
-    return {
-        key: TextSource(Path(path).name, read_text(path))
-        if path
-        else TextSource(f"{built_in.name}, {half}", text)
-        for key, (path, text, half) in sources.items()
-    }
+    return TextSource(f"{built_in.name}, second half", built_in.evaluation)
 
 
-def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: TextSource, planned: bool) -> list[Any] | None:
-    """Token windows for recipes that look at activations; None for those that do not."""
+def _users_text(path: str) -> TextSource:
+    return TextSource(Path(path).name, read_text(path))
+
+
+def _looks_at_activations(recipe: Recipe) -> bool:
     keys = ("gptq", "awq", "smoothing", "target_bpw")
-    looks = planned or any(
+    return any(
         getattr(spec, "fit", "") == "moments" or any(getattr(spec, key, False) for key in keys)
         for spec in recipe.specs
     )
-    if checkpoint.tokenizer is None or not looks:
-        return None
+
+
+def calibration_windows(
+    checkpoint: Checkpoint, text: TextSource | None = None, progress: bool = True
+) -> tuple[list[Any], dict[str, Any]]:
+    """Windows of token ids (1, S) to calibrate on, and what to report about them; none without a tokenizer.
+
+    Of the user's text where there is one. Else a decoder calibrates on what it writes itself, which is nearer
+    to what it was trained on than any text at hand; other models on the built-in text.
+    """
+    if checkpoint.tokenizer is None:
+        return [], {}
+    if text is None and checkpoint.family == "decoder":
+        windows = sampled_windows(checkpoint, SAMPLES, SAMPLE_LENGTH, progress=progress)
+        return windows, {"name": "sampled from the model itself", "seed": SEED}
+    if text is None:
+        built_in = default_text()
+        text = TextSource(f"{built_in.name}, first half", built_in.calibration)
     if checkpoint.family == "encoder":
-        return sentence_windows(checkpoint, text, CALIBRATION_SENTENCES)
-    return text_windows(checkpoint, text, CALIBRATION_WINDOWS, CALIBRATION_WINDOW)
+        return sentence_windows(checkpoint, text, CALIBRATION_SENTENCES), text.to_dict()
+    return text_windows(checkpoint, text, CALIBRATION_WINDOWS, CALIBRATION_WINDOW), text.to_dict()
 
 
 def round_to_nearest(recipe: Recipe) -> Recipe | None:

@@ -6,7 +6,7 @@ reports = run_recipe(checkpoint, load_recipe("int4"), calibration=windows)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from gemini.compress.specs import (
     QuantizeNF4,
     Spec,
 )
-from gemini.compress.stream import Statistics, stream
+from gemini.compress.stream import stream
 from gemini.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -186,22 +186,29 @@ def _edit(
     windows: Sequence[Window] = (),
     divisors: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> PassReport:
-    """Pack every selected layer, widen the most sensitive ones, then put the packed ones into the model.
+    """Pack every selected layer, those in stacks of blocks with GPTQ where there are ``windows``, and put the
+    packed ones into the model.
 
-    With ``windows``, those in stacks of blocks are packed once more, block by block, with GPTQ.
+    The most sensitive are widened first: which those are is known once all have been packed without GPTQ.
     """
     packed: dict[str, tuple[nn.Module, LayerReport]] = {}
-    for name in tqdm(formats, desc=spec.type, unit="layer", delay=2, leave=False, disable=not progress):
-        packed[name] = _pack(model, name, formats[name], moments.get(name), divisor=divisors.get(name))
-    wide = most_sensitive([report for _, report in packed.values()], sensitive_share)
-    formats = {**formats, **dict.fromkeys(wide, Integers(8, table.block_size))}
-    for name in wide:
-        packed[name] = _pack(model, name, formats[name], moments.get(name))
+
+    def pack(names: Collection[str]) -> None:
+        for name in tqdm(names, desc=spec.type, unit="layer", delay=2, leave=False, disable=not progress):
+            packed[name] = _pack(model, name, formats[name], moments.get(name), divisor=divisors.get(name))
+
+    if sensitive_share:
+        pack(formats)
+        wide = most_sensitive([report for _, report in packed.values()], sensitive_share)
+        formats = {**formats, **dict.fromkeys(wide, Integers(8, table.block_size))}
+        pack(wide)
     for block in stream(model, windows, formats, progress=progress) if windows else ():
-        for name, statistics in block.statistics.items():
-            packed[name] = _pack(model, name, formats[name], statistics=statistics)
+        for name, hessian in block.hessians.items():
+            packed[name] = _pack(model, name, formats[name], hessian=hessian)
             _replace(model, model.get_submodule(name), packed[name][0])
-    layers = [*_edit_ends(model, selection, table, moments), *(report for _, report in packed.values())]
+    pack([name for name in formats if name not in packed])
+    reports = [packed[name][1] for name in formats]
+    layers = [*_edit_ends(model, selection, table, moments), *reports]
     layers += _edit_convolutions(model, selection)
     for name, (new, _) in packed.items():
         _replace(model, model.get_submodule(name), new)
@@ -215,14 +222,14 @@ def _pack(
     name: str,
     form: Format,
     importance: Tensor | None = None,
-    statistics: Statistics | None = None,
+    hessian: Tensor | None = None,
     divisor: Tensor | None = None,
 ) -> tuple[nn.Module, LayerReport]:
     old = model.get_submodule(name)
     weight = weight_of(old)
-    new = make_linear(weight, old.bias, form, importance, statistics=statistics, divisor=divisor)
-    if statistics is not None:
-        importance = statistics.hessian.diagonal()
+    new = make_linear(weight, old.bias, form, importance, hessian=hessian, divisor=divisor)
+    if hessian is not None:
+        importance = hessian.diagonal()
     return new, layer_report(name, "linear", weight, new, importance)
 
 

@@ -63,21 +63,6 @@ def gptq(
     return Quantized(packed[0], packed[1], None if symmetric else packed[2], bits, block_size, columns)
 
 
-def aim_at_targets(weight: Tensor, hessian: Tensor, cross: Tensor, *, damping: float = DAMPING) -> Tensor:
-    """The weight W' (rows, K) for which W' x comes nearest to W t, in float32.
-
-    ``hessian`` is E[x x^T] of the inputs that a layer will have, ``cross`` E[t x^T] with the inputs t it had
-    before anything was quantized. Least squares with a ridge towards W: W' = W + W (C - H) (H + d I)^-1.
-    """
-    damped = hessian.double().clone()
-    damped.diagonal().add_(max(damping * float(damped.diagonal().mean()), torch.finfo(torch.float32).tiny))
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed:
-        raise ValueError("the Hessian is not positive definite")
-    moved = weight.double() @ (cross - hessian).double()
-    return (weight + torch.cholesky_solve(moved.T, lower).T).float()
-
-
 def activation_order(hessian: Tensor) -> Tensor:
     """Features by falling E[x^2]; among equals the first comes first."""
     return hessian.diagonal().argsort(descending=True, stable=True)

@@ -16,7 +16,6 @@ from gemini.compress.modules import (
     QuantizedLinear,
 )
 from gemini.compress.quantize import Quantized, quantize, quantize_bnb4, quantize_channels
-from gemini.compress.stream import Statistics
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,13 @@ def make_linear(
     form: Integers | Channels | Bnb4,
     importance: Tensor | None = None,
     shared: QuantizedEmbedding | None = None,
-    statistics: Statistics | None = None,
+    hessian: Tensor | None = None,
     divisor: Tensor | None = None,
 ) -> nn.Module:
     """The packed layer for a float weight (N, K); with ``shared`` it uses the buffers of that table.
 
-    ``statistics`` of its inputs make integer codes those of GPTQ. With a format per channel the inputs are
-    divided by ``divisor`` (K,).
+    ``hessian``, E[x x^T] of its inputs, makes integer codes those of GPTQ. With a format per channel the
+    inputs are divided by ``divisor`` (K,).
     """
     rows, columns = weight.shape
     kept = None if bias is None else bias.detach().clone()
@@ -66,8 +65,15 @@ def make_linear(
     source: QuantizedEmbedding | Quantized
     if shared is not None:
         source = shared
-    elif statistics is not None:
-        source = _gptq(weight, form, statistics)
+    elif hessian is not None:
+        source = gptq(
+            weight,
+            hessian,
+            bits=form.bits,
+            block_size=form.block_size,
+            symmetric=form.symmetric,
+            fit=form.fit,
+        )
     else:
         source = quantized(weight, form, importance)
     return QuantizedLinear(
@@ -110,17 +116,4 @@ def quantized(weight: Tensor, form: Integers, importance: Tensor | None = None) 
         symmetric=form.symmetric,
         fit=form.fit,
         importance=importance,
-    )
-
-
-def _gptq(weight: Tensor, form: Integers, statistics: Statistics) -> Quantized:
-    # Aiming at the outputs of the model as it was (`gptq.aim_at_targets`) fits noise with as few tokens as
-    # calibration has: the perplexity of SmolLM2-135M rose 25-fold.
-    return gptq(
-        weight,
-        statistics.hessian,
-        bits=form.bits,
-        block_size=form.block_size,
-        symmetric=form.symmetric,
-        fit=form.fit,
     )

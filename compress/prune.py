@@ -135,11 +135,11 @@ def prune_units(
         fixed = _common_choice(model, windows, chosen, counts, progress) if together else {}
         by_name = {coupling.consumer: coupling for coupling in chosen}
         for block in stream(model, windows, list(by_name), progress=progress):
-            for name, statistics in block.statistics.items():
+            for name, hessian in block.hessians.items():
                 cuts[name] = _cut(
                     model,
                     by_name[name],
-                    statistics.hessian,
+                    hessian,
                     counts[_site(by_name[name])],
                     fixed.get(name),
                     compensate=compensate,
@@ -433,10 +433,10 @@ def _common_choice(
     by_name = {coupling.consumer: coupling for coupling in chosen if coupling.kind == "heads"}
     totals: dict[str, Tensor] = {}
     for block in stream(model, windows, list(by_name), progress=progress):
-        for name, statistics in block.statistics.items():
+        for name, hessian in block.hessians.items():
             coupling = by_name[name]
             weight = weight_of(model.get_submodule(name))
-            energy = unit_energy(weight, statistics.hessian, coupling.columns)
+            energy = unit_energy(weight, hessian, coupling.columns)
             share = energy / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
             totals[coupling.stack] = totals[coupling.stack] + share if coupling.stack in totals else share
     return {

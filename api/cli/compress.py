@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-text", metavar="FILE", help="text to measure accuracy on, instead of the built-in one"
     )
     parser.add_argument(
-        "--calibration", metavar="FILE", help="text to calibrate on, instead of the built-in one"
+        "--calibration",
+        metavar="FILE",
+        help="text to calibrate on, instead of what a generator writes itself, or the built-in one",
     )
     parser.add_argument(
         "--max-drop",
