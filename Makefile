@@ -1,6 +1,6 @@
 # Set-up and checks. Needs make and Python 3.11+, nothing else: every target builds .venv by itself, once.
 #
-#   make demo    compress SmolLM2-135M to int4, generate text with it, show the report's table
+#   make demo    compress gemini-nano to int8, caption a picture, continue a story, show the report's table
 #   make test    the test suite
 #   make check   lint, format, types, import rules, help texts in the docs
 #   make bench   speed of the demo bundle
@@ -15,8 +15,9 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS)
-DEMO := bundles/smollm2-135m-int4
-PROMPT := Give me three reasons to run a language model on the device itself.
+DEMO := bundles/gemini-nano-int8
+PICTURE := docs/picture.png
+PROMPT := Once upon a time, there was a little girl
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -40,8 +41,9 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/gemini-edge compress smollm2-135m --recipe int4 --output $(DEMO) --force
-	$(BIN)/gemini-edge run $(DEMO) --chat --max-new-tokens 96 --prompt '$(PROMPT)'
+	$(BIN)/gemini-edge compress gemini-nano --recipe int8 --output $(DEMO) --force
+	$(BIN)/gemini-edge run $(DEMO) --image $(PICTURE)
+	$(BIN)/gemini-edge run $(DEMO) --prompt '$(PROMPT)' --max-new-tokens 96 --temperature 0.7 --top-k 40 --seed 0
 	$(BIN)/gemini-edge inspect $(DEMO) --report
 
 test: $(READY)
@@ -58,7 +60,7 @@ docs: $(READY)
 	$(BIN)/python -m gemini.cli.docs
 
 $(DEMO)/manifest.json: | $(READY)
-	$(BIN)/gemini-edge compress smollm2-135m --recipe int4 --output $(DEMO)
+	$(BIN)/gemini-edge compress gemini-nano --recipe int8 --output $(DEMO)
 
 bench: $(DEMO)/manifest.json
 	$(BIN)/gemini-edge bench $(DEMO) $(BENCH_ARGS)

@@ -54,7 +54,9 @@ class Planner:
     ) -> None:
         model = checkpoint.model
         self.target = target
-        self.scan = scan_formats(model, select_mixed(model, QuantizeMixed()), windows, progress)
+        spec = QuantizeMixed()
+        selection = select_mixed(model, spec)
+        self.scan = scan_formats(model, selection, windows, gptq=spec.gptq, progress=progress)
         if not self.scan.choices:
             raise RecipeError("There is no layer to choose a format for.", "Use the recipe fp32.")
         stored = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}

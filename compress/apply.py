@@ -18,7 +18,7 @@ from gemini.compress.awq import fold_awq
 from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.fold import fold_batch_norms
 from gemini.compress.layers import Bnb4, Channels, Integers, make_conv, make_copy, make_linear, make_table
-from gemini.compress.plan import FORMATS, plan_formats, scan_formats
+from gemini.compress.plan import FORMATS, MOMENT_WINDOWS, plan_formats, scan_formats
 from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
 from gemini.compress.select import Selection, Skipped, select_layers, weight_of
@@ -97,7 +97,7 @@ def quantize_mixed(
     selection = select_mixed(model, spec)
     chosen = spec.formats
     if not chosen:
-        scan = scan_formats(model, selection, windows, progress)
+        scan = scan_formats(model, selection, windows, gptq=spec.gptq, progress=progress)
         chosen = plan_formats(scan, target_bpw=spec.target_bpw).formats
     formats: dict[str, Format] = {name: FORMATS[chosen[name]] for name in selection.linears if name in chosen}
     kept = [
@@ -108,7 +108,7 @@ def quantize_mixed(
     if table is None:
         selection = replace(selection, embedding=None, head=None, copies=())
     watched = [*formats, *([selection.head] if selection.head else [])]
-    moments = collect_input_moments(model, windows, watched, progress, every_logit=True)
+    moments = collect_input_moments(model, windows[:MOMENT_WINDOWS], watched, progress, every_logit=True)
     again = windows if spec.gptq else ()
     report = _edit(
         model, spec, selection, formats, table or FORMATS["int8-64"], moments, progress, 0.0, again

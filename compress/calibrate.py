@@ -17,10 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 Window: TypeAlias = np.ndarray | Tensor | Mapping[str, Any]
+# SmolLM2-135M, int4 with GPTQ: perplexity +6.8 %; +7.3 % without, +12.8 % with first tokens left out.
+LOUDEST = 3.0
 
 
 class InputMoments:
-    """Running sum of squares and count of one layer's input features, in float64."""
+    """Running sum of squares and count of one layer's input features, in float64; see :func:`hushed`."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -28,7 +30,7 @@ class InputMoments:
 
     def add(self, x: Tensor) -> None:
         """Take in activations (..., K)."""
-        rows = x.detach().reshape(-1, x.shape[-1])
+        rows = hushed(x.detach().reshape(-1, x.shape[-1]))
         square = rows.square().sum(0, dtype=torch.float64)
         self.total = square if self.total is None else self.total + square
         self.count += rows.shape[0]
@@ -36,6 +38,16 @@ class InputMoments:
     def mean(self) -> Tensor | None:
         """E[x^2] per input feature, float64 (K,), or None if the layer was never called."""
         return None if self.total is None else self.total / self.count
+
+
+def hushed(rows: Tensor) -> Tensor:
+    """Rows (N, K) with those scaled down that are more than LOUDEST times as long as the median one.
+
+    The first token of a text often has states hundreds of times as large as others (Sun et al., "Massive
+    Activations in Large Language Models", arXiv:2402.17762), and a sum of squares would be about it alone.
+    """
+    sizes = rows.norm(dim=1, keepdim=True)
+    return rows * (LOUDEST * sizes.median() / sizes).clamp(max=1.0).nan_to_num(1.0)
 
 
 @contextmanager

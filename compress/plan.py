@@ -5,13 +5,17 @@
     plan.formats["model.layers.0.mlp.up_proj"]      # "int4-32", a key of FORMATS
 
 A format's price is its stored bytes, its loss the divergence that `gemini.compress.sensitivity` expects of
-the weight it would leave; `gemini.compress.allocate` spends the bytes.
+the weight it would leave. That tells layers of one kind apart but takes errors to be independent of inputs,
+so each kind (all value projections, say) is quantized once for real and its losses are scaled to the
+divergence measured. `gemini.compress.allocate` spends the bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +25,9 @@ from gemini.compress.allocate import Choice, allocate
 from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.layers import Integers, quantized
 from gemini.compress.select import Selection, weight_of
-from gemini.compress.sensitivity import expected_loss, output_fisher
+from gemini.compress.sensitivity import divergence, expected_loss, output_fisher, predict
+from gemini.compress.specs import MIXED_FORMATS
+from gemini.compress.stream import find_stacks
 from gemini.errors import RecipeError
 
 FORMATS = {
@@ -29,6 +35,9 @@ FORMATS = {
     "int4-32": Integers(4, 32, symmetric=False, fit="moments"),
     "int8-64": Integers(8, 64),
 }
+# What GPTQ leaves of the divergence: of SmolLM2-135M in 4 bits, +10.5 % perplexity became +6.8 %.
+GPTQ_LEAVES = 0.65
+MOMENT_WINDOWS, TRIED_WINDOWS = 4, 2
 User = tuple[Tensor | None, Tensor | None]  # of a weight: F of its outputs, E[x^2] of its inputs
 
 
@@ -51,26 +60,66 @@ class Plan:
 
 
 def scan_formats(
-    model: nn.Module, selection: Selection, windows: Sequence[Window], progress: bool = True
+    model: nn.Module,
+    selection: Selection,
+    windows: Sequence[Window],
+    *,
+    gptq: bool = False,
+    progress: bool = True,
 ) -> Scan:
-    """Try every format on every selected layer. A layer that calibration never reached loses nothing."""
+    """Try every format on every selected layer. A layer that calibration never reached loses nothing.
+
+    With ``gptq``, layers in stacks of blocks are expected to lose what it leaves of the loss.
+    """
+    windows = windows[:MOMENT_WINDOWS]
     ends = [name for name in (selection.embedding, selection.head) if name]
     watched = [*selection.linears, *([selection.head] if selection.head else [])]
     moments = collect_input_moments(model, windows, watched, progress, every_logit=True)
     fisher = output_fisher(model, windows, [*selection.linears, *ends], progress=progress)
+    before = [predict(model, window) for window in windows[:TRIED_WINDOWS]]
+    stacks = tuple(f"{path}." for path, _ in find_stacks(model, selection.linears))
     choices: dict[str, list[Choice[str]]] = {}
-    for name in tqdm(
-        selection.linears, desc="compare formats", unit="layer", delay=2, leave=False, disable=not progress
-    ):
-        weight = weight_of(model.get_submodule(name))
-        choices[name] = [_choice(form, weight, [(fisher.get(name), moments.get(name))]) for form in FORMATS]
-    parameters = sum(weight_of(model.get_submodule(name)).numel() for name in selection.linears)
-    if ends:
-        table = weight_of(model.get_submodule(ends[0]))
-        users = [_lookups(fisher, selection, table), _products(fisher, moments, selection)]
-        copies = 1 if selection.tied else len(ends)
-        choices[ends[0]] = [_choice(form, table, users, copies) for form in FORMATS]
-        parameters += copies * table.numel()
+    parameters = 0
+
+    def measured(smallest: Mapping[str, Tensor], names: Sequence[str], share: float = 1.0) -> None:
+        """Scale the losses of ``names`` to what their smallest formats, all at once, do to predictions."""
+        expected = sum(choices[name][0].loss for name in names)
+        with _weights(model, smallest):
+            pairs = zip(before, windows, strict=False)
+            found = sum(divergence(old, predict(model, window)) for old, window in pairs) / len(before)
+        scale = share * found / expected if expected > 0 else share
+        for name in names:
+            choices[name] = [replace(choice, loss=scale * choice.loss) for choice in choices[name]]
+
+    with tqdm(
+        total=len(selection.linears) + len(ends),
+        desc="compare formats",
+        unit="layer",
+        delay=2,
+        leave=False,
+        disable=not progress,
+    ) as bar:
+        for names in _kinds(selection.linears):
+            smallest: dict[str, Tensor] = {}
+            for name in names:
+                weight = weight_of(model.get_submodule(name))
+                users = [(fisher.get(name), moments.get(name))]
+                choices[name], smallest[name] = _choices(weight, users)
+                parameters += weight.numel()
+                bar.update()
+            measured(smallest, names, GPTQ_LEAVES if gptq and names[0].startswith(stacks) else 1.0)
+        if ends:
+            table = weight_of(model.get_submodule(ends[0]))
+            users = [_lookups(fisher, selection, table), _products(fisher, moments, selection)]
+            copies = 1 if selection.tied else len(ends)
+            choices[ends[0]], rounded = _choices(table, users, copies)
+            smallest = {ends[0]: rounded}
+            if copies > 1:
+                own = weight_of(model.get_submodule(ends[1]))
+                smallest[ends[1]] = quantized(own, FORMATS[MIXED_FORMATS[0]], users[1][1]).dequantized()
+            parameters += copies * table.numel()
+            measured(smallest, ends[:1])
+            bar.update(len(ends))
     return Scan(choices, parameters)
 
 
@@ -96,16 +145,41 @@ def plan_formats(scan: Scan, *, target_bpw: float | None = None, loss: float = 0
     )
 
 
-def _choice(form: str, weight: Tensor, users: Sequence[User], copies: int = 1) -> Choice[str]:
-    """A format with its bytes, for each copy stored, and its loss for all who read the weight."""
+def _kinds(names: Sequence[str]) -> list[list[str]]:
+    """Names that are alike but for numbers: the same layer of all blocks."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "", name), []).append(name)
+    return list(kinds.values())
+
+
+def _choices(weight: Tensor, users: Sequence[User], copies: int = 1) -> tuple[list[Choice[str]], Tensor]:
+    """Each format with its bytes, for each copy stored, and its loss for all who read the weight; and the
+    weight that the first and smallest of them leaves."""
     seen = [
         (fisher, importance) for fisher, importance in users if fisher is not None and importance is not None
     ]
-    made = quantized(weight, FORMATS[form], seen[-1][1] if seen else None)
-    approximation = made.dequantized()
-    return Choice(
-        form, copies * made.nbytes(), sum(expected_loss(weight, approximation, *pair) for pair in seen)
-    )
+    found, smallest = [], weight
+    for number, (form, integers) in enumerate(FORMATS.items()):
+        made = quantized(weight, integers, seen[-1][1] if seen else None)
+        left = made.dequantized()
+        loss = sum(expected_loss(weight, left, *pair) for pair in seen)
+        found.append(Choice(form, copies * made.nbytes(), loss))
+        smallest = smallest if number else left
+    return found, smallest
+
+
+@contextmanager
+def _weights(model: nn.Module, changed: Mapping[str, Tensor]) -> Iterator[None]:
+    """The named layers have other weights while the block runs."""
+    before = {name: weight_of(model.get_submodule(name)).clone() for name in changed}
+    try:
+        for name, weight in changed.items():
+            weight_of(model.get_submodule(name)).copy_(weight)
+        yield
+    finally:
+        for name, weight in before.items():
+            weight_of(model.get_submodule(name)).copy_(weight)
 
 
 def _lookups(fisher: dict[str, Tensor], selection: Selection, table: Tensor) -> User:

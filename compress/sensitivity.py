@@ -84,6 +84,29 @@ def expected_loss(weight: Tensor, approximation: Tensor, fisher: Tensor, importa
     return 0.5 * float(torch.dot(wrong.double(), fisher.double()))
 
 
+Prediction = tuple[Tensor, bool]  # log-probabilities (rows, V) and True, or last states (rows, D) and False
+
+
+@torch.no_grad()
+def predict(model: nn.Module, window: Window) -> Prediction:
+    """What the model predicts at every position of a window."""
+    output = model(**as_feed(window), **shortcut(model, every_logit=True))
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return output[0].flatten(0, -2).float(), False
+    return logits.flatten(0, -2).float().log_softmax(-1), True
+
+
+def divergence(before: Prediction, after: Prediction) -> float:
+    """Kullback-Leibler divergence of what is predicted ``after`` from ``before``, in nats a row.
+
+    States are taken as the middles of unit normal distributions: half of the squared distance.
+    """
+    (old, probable), (new, _) = before, after
+    apart = old.exp().mul_(old - new) if probable else (new - old).square_().div_(2)
+    return float(apart.sum(dtype=torch.float64)) / len(old)
+
+
 def _log_probability(output: Any, generator: torch.Generator) -> Tensor:
     """The log-probability of labels drawn from what the model predicts, summed."""
     logits = getattr(output, "logits", None)

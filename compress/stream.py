@@ -18,12 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gemini.compress.calibrate import Window, as_feed, each_input, shortcut
+from gemini.compress.calibrate import Window, as_feed, each_input, hushed, shortcut
 
 Rows: TypeAlias = dict[str, Tensor]
-LOUDEST = (
-    3.0  # SmolLM2-135M, int4 with GPTQ: perplexity +6.8 %, +7.3 % without, +12.8 % leaving first tokens out
-)
 
 
 @dataclass(frozen=True)
@@ -98,16 +95,6 @@ def stream(
             found = {name: moment.mean() for name, moment in moments.items()}
             yield Block(prefix, block, {name: found[leader] for name, leader in leaders.items()})
             states = [call.run(block, state) for call, state in zip(calls[index], states, strict=True)]
-
-
-def hushed(rows: Tensor) -> Tensor:
-    """Rows (N, K) with those scaled down that are more than LOUDEST times as long as the median one.
-
-    The first token of a text often has states hundreds of times as large as others (Sun et al., "Massive
-    Activations in Large Language Models", arXiv:2402.17762), and a sum of squares would be about it alone.
-    """
-    sizes = rows.norm(dim=1, keepdim=True)
-    return rows * (LOUDEST * sizes.median() / sizes).clamp(max=1.0).nan_to_num(1.0)
 
 
 @dataclass(frozen=True)

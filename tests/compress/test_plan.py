@@ -49,8 +49,8 @@ def test_the_expected_loss_is_about_the_one_that_comes():
     model = make_llama()
     expected = plan(5.0).expected_loss
     run(model, QuantizeMixed(target_bpw=5.0, gptq=False), calibration=WINDOWS)
-    # Errors are taken to be independent of each other, and inputs of each other.
-    assert 0.4 < expected / divergence(model) < 2.5
+    # Errors of different kinds of layers are taken to be independent of each other.
+    assert 0.6 < expected / divergence(model) < 1.7
 
 
 def test_a_mixture_beats_one_format_of_as_many_bits():

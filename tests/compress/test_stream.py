@@ -19,7 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gemini.compress.stream import LOUDEST, find_stacks, hushed, stream
+from gemini.compress.calibrate import LOUDEST, hushed
+from gemini.compress.stream import find_stacks, stream
 from gemini.model.gemini import GeminiConfig, GeminiForConditionalGeneration
 
 WINDOWS = [np.random.default_rng(seed).integers(3, 90, (1, 20)) for seed in range(3)]
