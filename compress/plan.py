@@ -37,7 +37,7 @@ FORMATS = {
 }
 # What GPTQ leaves of the divergence: of SmolLM2-135M in 4 bits, +10.5 % perplexity became +6.8 %.
 GPTQ_LEAVES = 0.65
-MOMENT_WINDOWS, TRIED_WINDOWS = 4, 2
+MOMENT_WINDOWS, TRIED_WINDOWS = 16, 4
 User = tuple[Tensor | None, Tensor | None]  # of a weight: F of its outputs, E[x^2] of its inputs
 
 

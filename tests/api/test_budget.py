@@ -103,14 +103,14 @@ def test_a_bundle_of_the_size_asked_for(learnt, tmp_path):
 
 
 def test_a_worse_measurement_asks_for_less_loss_until_attempts_end(planned):
-    planner = planned(max_drop=2.0)
+    planner = planned(max_drop=15.0)
     planner.first()
-    assert planner.plans[0].expected_loss <= math.log1p(0.02)
-    assert planner.repaired(1.9) is None
-    planner.repaired(8.0)
-    if len(planner.plans) > 1:
-        assert planner.plans[1].expected_loss <= 0.9 * planner.plans[0].expected_loss / 3
-        assert planner.plans[1].bytes > planner.plans[0].bytes
+    assert planner.plans[0].expected_loss <= math.log1p(0.15)
+    assert planner.repaired(14.0) is None
+    assert planner.repaired(30.0) is not None
+    asked = 0.9 * math.log1p(0.15) / math.log1p(0.3) * planner.plans[0].expected_loss
+    assert planner.plans[1].expected_loss <= asked
+    assert planner.plans[1].bytes > planner.plans[0].bytes
 
 
 def test_what_cannot_be_asked_is_refused(learnt, tmp_path, capsys):

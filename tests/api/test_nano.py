@@ -1,4 +1,4 @@
-"""The model that ships: what its card promises, from the bundle in the wheel and from the checkpoint beside it."""
+"""The model that ships: what its card promises, from the bundle and from the checkpoint beside it."""
 
 import json
 import subprocess
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw
 
 import gemini

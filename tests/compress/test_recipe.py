@@ -23,7 +23,8 @@ def test_built_in_recipes_load_and_survive_a_round_trip(name):
 
 def test_built_in_recipes_hold_the_pass_they_are_named_after():
     kinds = {name: [type(spec) for spec in load_recipe(name).specs] for name in BUILTIN}
-    assert kinds == {"fp32": [], "int8": [QuantizeInt8], "int4": [QuantizeInt4], "nf4": [QuantizeNF4]}
+    four = {"int4": [QuantizeInt4], "int4-fast": [QuantizeInt4], "nf4": [QuantizeNF4]}
+    assert kinds == {"fp32": [], "int8": [QuantizeInt8], **four}
 
 
 @pytest.mark.parametrize(
