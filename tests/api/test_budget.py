@@ -107,8 +107,8 @@ def test_a_worse_measurement_asks_for_less_loss_until_attempts_end(planned):
     planner.first()
     assert planner.plans[0].expected_loss <= math.log1p(0.15)
     assert planner.repaired(14.0) is None
-    assert planner.repaired(30.0) is not None
-    asked = 0.9 * math.log1p(0.15) / math.log1p(0.3) * planner.plans[0].expected_loss
+    assert planner.repaired(20.0) is not None
+    asked = 0.9 * math.log1p(0.15) / math.log1p(0.2) * planner.plans[0].expected_loss
     assert planner.plans[1].expected_loss <= asked
     assert planner.plans[1].bytes > planner.plans[0].bytes
 
