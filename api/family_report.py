@@ -27,7 +27,8 @@ from gemini.model.gemini import continue_prompt
 from gemini.model.training import evaluate
 from gemini.model.training.start import load_checkpoint
 from gemini.model.training.tasks import encode
-from gemini.runtime import GenerationOptions, Seq2SeqGenerator
+from gemini.runtime import Seq2SeqGenerator
+from gemini.runtime.options import make_options
 
 SAME_IMAGES, SAME_PROMPTS, SAME_TOKENS = 200, 20, 60
 TIMED = 40
@@ -134,7 +135,7 @@ def ask_bundle(model: Model, examples: Examples) -> Answers:
             for review in tqdm(reviews, desc=f"reviews {language}", leave=False, delay=2)
         ]
     sources = [session.tokenizer.encode(session.prefixed(prompt)) for prompt in examples.prompts]
-    options = GenerationOptions(max_new_tokens=SAME_TOKENS)
+    options = make_options(session.bundle.manifest.generation.defaults, {"max_new_tokens": SAME_TOKENS})
     return Answers(captions, greedy, labels, session.generate_ids(sources, options=options))
 
 

@@ -223,7 +223,7 @@ def _users_text(path: str) -> TextSource:
 
 
 def _looks_at_activations(recipe: Recipe) -> bool:
-    keys = ("gptq", "awq", "smoothing", "target_bpw")
+    keys = ("gptq", "awq", "smoothing", "block_smoothing", "target_bpw")
     return any(
         getattr(spec, "fit", "") == "moments" or any(getattr(spec, key, False) for key in keys)
         for spec in recipe.specs

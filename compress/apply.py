@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gemini.compress.awq import fold_awq
+from gemini.compress.awq import Group, fold_awq, fold_smoothing
 from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.fold import fold_batch_norms
 from gemini.compress.layers import Bnb4, Channels, Integers, make_conv, make_copy, make_linear, make_table
@@ -50,17 +50,28 @@ def quantize_int8(
     Convolutions per output channel.
     """
     per_block = spec.granularity if isinstance(spec.granularity, PerBlock) else None
-    size = (per_block or PerBlock()).size
+    table = Integers(8, spec.embedding_block_size)
     selection = select_layers(
-        model, size if per_block else 1, spec.skip, size if spec.embeddings else None, convolutions=True
+        model,
+        per_block.size if per_block else 1,
+        spec.skip,
+        table.block_size if spec.embeddings else None,
+        convolutions=True,
     )
-    linear = Integers(8, size) if per_block else Channels()
+    linear = Integers(8, per_block.size) if per_block else Channels()
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
     divisors: dict[str, Tensor] = {}
+    folds: list[Group] = []
     if spec.smoothing and windows and not per_block:
         divisors = smoothing_divisors(model, windows, selection.linears, spec.smoothing, progress)
-    report = _edit(model, spec, selection, formats, Integers(8, size), {}, progress, divisors=divisors)
-    return replace(report, calibration_windows=len(windows) if divisors else 0)
+    if spec.block_smoothing and windows and per_block:
+        folds = fold_smoothing(model, windows, selection.linears, spec.block_smoothing, progress)
+    report = _edit(model, spec, selection, formats, table, {}, progress, divisors=divisors)
+    return replace(
+        report,
+        calibration_windows=len(windows) if divisors or folds else 0,
+        folded=[group.producer for group in folds],
+    )
 
 
 def quantize_int4(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gemini.compress.calibrate import Window, as_feed, each_input, shortcut
+from gemini.compress.calibrate import Window, as_feed, collect_input_moments, each_input, shortcut
 from gemini.compress.layers import Integers, quantized
 from gemini.compress.select import weight_of
 
@@ -65,8 +65,31 @@ def fold_awq(
     return chosen
 
 
+def fold_smoothing(
+    model: nn.Module,
+    windows: Sequence[Window],
+    names: Collection[str],
+    strength: float,
+    progress: bool = True,
+) -> list[Group]:
+    """Even out what the named linears read: divide by s = E[x^2] ^ (strength / 2) in the norms that make it.
+
+    For layers whose activations are rounded in blocks as well: a large feature spoils those beside it, and
+    8-bit weights have precision to spare. Products are left alone as makers: they are rounded themselves.
+    """
+    groups = [
+        group
+        for group in find_groups(model, windows, names)
+        if not isinstance(model.get_submodule(group.producer), nn.Linear)
+    ]
+    moments = collect_input_moments(model, windows, {group.consumers[0] for group in groups}, progress)
+    for group in groups:
+        _put(model, _folded(model, group, scales(moments[group.consumers[0]].sqrt(), strength)))
+    return groups
+
+
 def scales(mean: Tensor, strength: float) -> Tensor:
-    """s = E|x| ^ strength, its largest and smallest value as far from 1: (K,) -> float32 (K,)."""
+    """s = mean ^ strength, its largest and smallest value as far from 1: (K,) -> float32 (K,)."""
     size = mean.clamp_min(_FLOOR * float(mean.mean()) or 1.0) ** strength
     return (size / (size.max() * size.min()).sqrt()).float()
 

@@ -60,14 +60,18 @@ class QuantizeInt8:
     """Weights of linears and convolutions and the token embedding at 8 bits, round to nearest, symmetric.
 
     A convolution has one scale an output channel, and its activations stay float. ``smoothing`` moves so much
-    of the activations' range into the weights of linears per channel (`gemini.compress.smooth`; 0: nothing);
-    it needs calibration. ``skip`` holds glob patterns over module names that stay fp32.
+    of the activations' range into the weights of linears per channel (`gemini.compress.smooth`; 0: nothing),
+    ``block_smoothing`` that of linears per block, where a norm can take it in
+    (`gemini.compress.awq.fold_smoothing`); both need calibration. ``skip`` holds glob patterns over module
+    names that stay fp32.
     """
 
     type: ClassVar[str] = "quantize_int8"
     granularity: Granularity = field(default_factory=ByFamily)
     smoothing: float = 0.0
+    block_smoothing: float = 0.0
     embeddings: bool = True
+    embedding_block_size: int = 64
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,7 +81,9 @@ class QuantizeInt8:
                 'Write { type = "per_channel" } or { type = "per_block", size = 64 }.',
             )
         _check_share("smoothing", self.smoothing)
+        _check_share("block_smoothing", self.block_smoothing)
         _check_bool("embeddings", self.embeddings)
+        _check_choice("embedding_block_size", self.embedding_block_size, BLOCK_SIZES)
         _check_globs(self.skip)
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,6 +29,10 @@ _HEADS = {
     "image-classification": GeminiForImageClassification,
 }
 
+# Without it 4 to 10 of 64 stories of gemini-nano run in a circle, with 1.05 one, with this none; and as many
+# captions are right.
+REPETITION_PENALTY = 1.1
+
 
 def load_tokenizer(options: TrainingOptions, folder: Path, cache: Path) -> Any:
     """The tokenizer of the run resumed, of the checkpoint started from, or a new one; kept in ``folder``.
@@ -126,7 +130,9 @@ def load_checkpoint(folder: Path) -> tuple[Any, Any]:
 
 
 def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
-    """config.json, model.safetensors, the tokenizer's files, preprocessor_config.json."""
+    """config.json, model.safetensors, generation_config.json, tokenizer's files, preprocessor_config.json."""
+    if model.can_generate():
+        model.generation_config.repetition_penalty = REPETITION_PENALTY
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

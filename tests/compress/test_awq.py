@@ -6,10 +6,18 @@ import torch
 from small_models import logits_of, make_llama, make_windows, run
 from transformers import BertConfig, BertModel, Gemma3ForCausalLM, Gemma3TextConfig
 
-from gemini.compress.awq import STRENGTHS, best_strength, collect_sizes, find_groups, fold_awq, scales
+from gemini.compress.awq import (
+    STRENGTHS,
+    best_strength,
+    collect_sizes,
+    find_groups,
+    fold_awq,
+    fold_smoothing,
+    scales,
+)
 from gemini.compress.layers import Integers
 from gemini.compress.select import select_layers
-from gemini.compress.specs import QuantizeInt4
+from gemini.compress.specs import PerBlock, QuantizeInt4, QuantizeInt8
 
 WINDOWS = make_windows(4, 24)
 FORM = Integers(4, 32, symmetric=False, fit="nearest")
@@ -88,6 +96,49 @@ def test_folding_keeps_the_outputs(make):
     torch.testing.assert_close(
         logits_of(model, WINDOWS), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
     )
+
+
+def inputs_of(model, name):
+    seen = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _module, args: seen.append(args[0][0]))
+    logits_of(model, WINDOWS)
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("make", [uneven, gemma])
+def test_smoothing_divides_what_norms_make_by_the_root_of_its_size(make):
+    name = "model.layers.1.mlp.gate_proj"
+    expected, before = logits_of(make(), WINDOWS), inputs_of(make(), name)
+    square = np.zeros(before[0].shape[-1])
+    for rows in before:
+        sizes = np.linalg.norm(rows.double().numpy(), axis=1)
+        calm = np.minimum(3 * np.median(sizes) / sizes, 1)  # as `hushed` does
+        square += ((rows.double().numpy() * calm[:, None]) ** 2).sum(0)
+    size = np.sqrt(square / sum(map(len, before)))
+    divisor = np.sqrt(size) / np.sqrt(np.sqrt(size).max() * np.sqrt(size).min())
+
+    model = make()
+    groups = fold_smoothing(model, WINDOWS, linears(model), 0.5, progress=False)
+    assert {group.producer.rpartition(".")[2] for group in groups} <= {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+    }
+    found = inputs_of(model, name)
+    for rows, old in zip(found, before, strict=True):
+        np.testing.assert_allclose(rows.numpy(), old.numpy() / divisor, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(
+        logits_of(model, WINDOWS), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+    )
+
+
+def test_a_recipe_smooths_layers_in_blocks():
+    model = uneven()
+    (report,) = run(model, QuantizeInt8(PerBlock(32), block_smoothing=0.5), calibration=WINDOWS)
+    assert "model.layers.0.input_layernorm" in report.folded and report.calibration_windows == len(WINDOWS)
+    (report,) = run(uneven(), QuantizeInt8(PerBlock(32), smoothing=0.5), calibration=WINDOWS)
+    assert report.folded == [] and report.calibration_windows == 0
 
 
 def test_the_scales_are_the_papers():
