@@ -39,10 +39,11 @@ def draw_plots(report: Mapping[str, Any], theme: Theme = LIGHT) -> dict[str, byt
         "latency.png": _latency(report.get("latency") or {}, theme),
         "bytes.png": _bytes(report.get("bytes") or {}, theme),
     }
-    return {name: _png(figure) for name, figure in drawn.items() if figure is not None}
+    return {name: to_png(figure) for name, figure in drawn.items() if figure is not None}
 
 
-def _figure(theme: Theme, height: float, panels: int = 1) -> tuple["Figure", list["Axes"]]:
+def new_figure(theme: Theme, height: float, panels: int = 1) -> tuple["Figure", list["Axes"]]:
+    """An empty figure with panels side by side. UsageError when matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -62,13 +63,14 @@ def _figure(theme: Theme, height: float, panels: int = 1) -> tuple["Figure", lis
     return figure, axes
 
 
-def _png(figure: "Figure") -> bytes:
+def to_png(figure: "Figure") -> bytes:
+    """The picture's bytes, the same for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _bars(
+def draw_bars(
     axis: "Axes",
     theme: Theme,
     title: str,
@@ -107,10 +109,10 @@ def _size_accuracy(report: Mapping[str, Any], theme: Theme) -> "Figure | None":
     reference = next((row.get(key) for row in table if row["name"] == "fp32"), None)
     losses = [(row, loss_percent(key, row.get(key), reference)) for row in table]
     measured = [(row, loss) for row, loss in losses if loss is not None]
-    figure, axes = _figure(theme, 0.55 + 0.5 * max(len(rows), len(measured)), panels=2 if measured else 1)
+    figure, axes = new_figure(theme, 0.55 + 0.5 * max(len(rows), len(measured)), panels=2 if measured else 1)
     labels, marked = _labels(rows)
     sizes = [float(row["size_mb"]) for row in rows]
-    _bars(
+    draw_bars(
         axes[0], theme, "Size, MB", labels, sizes, [format_value("size_mb", size) for size in sizes], marked
     )
     if measured:
@@ -119,7 +121,7 @@ def _size_accuracy(report: Mapping[str, Any], theme: Theme) -> "Figure | None":
         if measured[0][0]["name"] == "fp32":
             texts[0] = format_value(key, measured[0][0][key])
         title = f"{metric_label(key)}: loss against fp32, %"
-        _bars(axes[1], theme, title, labels, [loss for _, loss in measured], texts, marked)
+        draw_bars(axes[1], theme, title, labels, [loss for _, loss in measured], texts, marked)
     return figure
 
 
@@ -137,7 +139,7 @@ def _latency(latency: Mapping[str, Any], theme: Theme) -> "Figure | None":
     p50, p90, p99 = (float(value) for value in np.percentile(samples, (50, 90, 99)))
     last = max(p99 * 1.15, p50 * 1.3)  # a single stall must not flatten the rest
     shown = [sample for sample in samples if sample <= last]
-    figure, (axis,) = _figure(theme, 2.9)
+    figure, (axis,) = new_figure(theme, 2.9)
     counts, _, _ = axis.hist(shown, bins=min(60, max(10, len(shown) // 5)), color=theme.accent, alpha=0.85)
     top = float(max(np.atleast_1d(counts)))
     axis.set_ylim(0, top * 1.38)
@@ -170,8 +172,8 @@ def _bytes(components: Mapping[str, Any], theme: Theme) -> "Figure | None":
     if len(items) > 10:  # the tail is one row
         items = [*items[:9], (f"{len(items) - 9} others", sum(size for _, size in items[9:]))]
     total = sum(size for _, size in items)
-    figure, (axis,) = _figure(theme, 0.6 + 0.36 * len(items))
+    figure, (axis,) = new_figure(theme, 0.6 + 0.36 * len(items))
     texts = [f"{format_number(round(size / 1e6, 2))} MB  ({100 * size / total:.1f} %)" for _, size in items]
     labels = [name.replace("_", " ") for name, _ in items]
-    _bars(axis, theme, "Bytes by component", labels, [size / 1e6 for _, size in items], texts, -1)
+    draw_bars(axis, theme, "Bytes by component", labels, [size / 1e6 for _, size in items], texts, -1)
     return figure

@@ -1,4 +1,4 @@
-"""`gemini-edge bench`: how fast bundles are, side by side in one run."""
+"""`gemini-edge bench`: how fast bundles are, side by side in one run, alone or beside other runtimes."""
 
 import argparse
 from collections.abc import Mapping
@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from gemini.cli.output import columns_of_text
+from gemini.errors import UsageError
 
-HELP = "Time bundles side by side: first token, tokens a second, median and tail, memory, bandwidth."
+HELP = (
+    "Time bundles side by side, or beside other runtimes: first token, tokens a second, median and tail, "
+    "memory, bandwidth."
+)
 EXAMPLE = "gemini-edge bench bundles/smollm2 bundles/smollm2-fp32 --threads 2"
 
 
@@ -16,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "bundles",
         metavar="BUNDLE",
-        nargs="+",
+        nargs="*",
         type=Path,
         help="bundles of one task, timed in turn; the first sets the ratios",
     )
@@ -33,21 +37,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat", metavar="N", type=int, default=5, help="rounds, after one to warm up (default: 5)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    peers = parser.add_argument_group("beside other runtimes")
+    peers.add_argument(
+        "--peers",
+        metavar="FILE",
+        help="TOML file of other runtimes to compare with on the CPU; `help` says how to set them up",
+    )
+    peers.add_argument(
+        "--sweep",
+        choices=("prompt", "batch", "threads"),
+        action="append",
+        help="with --peers: also vary the prompt length, the batch or the threads; may be repeated",
+    )
+    peers.add_argument(
+        "--text", metavar="FILE", type=Path, help="with --peers: UTF-8 text for the perplexity"
+    )
+    peers.add_argument(
+        "--windows",
+        metavar="N",
+        type=int,
+        help="with --peers: stretches of 512 tokens of that text, 0 for no perplexity (default: 8)",
+    )
+    peers.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=float,
+        help="with --peers: what one request may take before its runtime is given up (default: 300)",
+    )
+    peers.add_argument(
+        "--output", metavar="DIR", type=Path, help="with --peers: folder for peers.json, peers.md and plots"
+    )
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run the benchmark; returns everything measured, with host and versions."""
+    if args.peers == "help":
+        return _guide()
+    if not args.bundles:
+        raise UsageError("There is no bundle to time.", "Name one bundle folder or more.")
+    common = {
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "threads": args.threads,
+        "repeat": args.repeat,
+    }
+    asked = {name: getattr(args, name) for name in ("text", "windows", "timeout", "output")}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if args.peers is not None:
+        return _compare(args, common | given)
+    if given or args.sweep:
+        raise UsageError(
+            f"--{min([*given, *(['sweep'] if args.sweep else [])])} needs --peers.", "Add --peers."
+        )
     from gemini.benchmarks.bench import run_bench
 
-    result = run_bench(
-        args.bundles,
-        prompt_tokens=args.prompt_tokens,
-        new_tokens=args.new_tokens,
-        threads=args.threads,
-        repeat=args.repeat,
-        device=args.device,
-    )
+    result = run_bench(args.bundles, **common, device=args.device)
     _show(result)
+    return result
+
+
+def _guide() -> dict[str, Any]:
+    """How to set the peers up: the page beside the adapters."""
+    from gemini.benchmarks.peers.field import SCRIPTS
+    from gemini.benchmarks.peers.process import ADAPTERS
+
+    print((ADAPTERS.parent / "README.md").read_text(encoding="utf-8").replace("$ADAPTERS", str(ADAPTERS)))
+    return {"adapters": {name: str(ADAPTERS / script) for name, script in SCRIPTS.items()}}
+
+
+def _compare(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    from gemini.benchmarks.peers.run import run_peers
+    from gemini.benchmarks.peers.table import conditions, failures, sweep_tables, table_cells
+
+    if args.device not in ("auto", "cpu"):
+        raise UsageError("Peers are compared on the CPU.", "Leave --device out.")
+    result = run_peers(args.bundles, Path(args.peers), sweeps=args.sweep or (), **options)
+    parts = [columns_of_text(table_cells(result)), "\n".join(failures(result)), sweep_tables(result)]
+    print("\n\n".join(part for part in (*parts, conditions(result)) if part))
     return result
 
 

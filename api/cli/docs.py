@@ -54,7 +54,7 @@ def _form(action: argparse.Action) -> str:
         value = "|".join(map(str, action.choices))
     else:
         value = str(action.metavar or action.dest.upper())
-    if action.nargs == "+":
+    if action.nargs in ("+", "*"):
         value += "…"
     if not action.option_strings:
         return f"`{_cell(value)}`"
