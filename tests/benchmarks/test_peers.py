@@ -240,6 +240,7 @@ def test_rounds_are_interleaved_and_figures_are_those_computed_by_hand(fake, tmp
     assert len(second["latency"]["samples_ms"]) == 12
     assert first["perplexity"] == pytest.approx(math.exp(0.5))
     assert first["scored_tokens"] == 5
+    assert 1 < first["latency"]["peak_rss_mb"] < 60  # a bare interpreter's, and not this process's
     assert first["start_to_first_token_ms"]["n"] == 1
     share = 100 * 100 * 2**20 / 2**30 / result["read_gib_per_second"]  # 100 tokens a second of 1 MiB each
     assert first["latency"]["bandwidth_percent"] == pytest.approx(share)
