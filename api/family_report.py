@@ -1,13 +1,15 @@
 """What bundles of a trained Gemini make of the test data, beside their checkpoint in torch.
 
-    python -m gemini.family_report CHECKPOINT CACHE BUNDLE [BUNDLE ...]
+    python -m gemini.family_report CHECKPOINT CACHE BUNDLE [BUNDLE ...] [--limit N]
 
 The same pictures and prompts go to all: captions of drawings by another hand, labels of reviews, 60 greedy
-tokens after the beginnings of held-out stories. The last line of standard output is JSON.
+tokens after the beginnings of held-out stories. The last line of standard output is JSON. ``--limit`` takes so
+many drawings and so many reviews of a language, evenly spread.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -74,16 +76,24 @@ class Answers:
     tokens: list[list[int]]
 
 
-def load_examples(cache: Path) -> Examples:
-    """The test split of the cache."""
+def load_examples(cache: Path, limit: int | None = None) -> Examples:
+    """The test split of the cache, at most ``limit`` drawings and reviews of a language."""
     drawings = load_drawings(cache, "test")
-    pixels = augment.on_white(torch.from_numpy(drawings.pixels))
+    chosen = evaluate.spread(len(drawings.en), limit)
+    pixels = augment.on_white(torch.from_numpy(drawings.pixels[chosen]))
     rounded = ((pixels * 0.5 + 0.5) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     stories = load_stories(cache, "test")[:SAME_PROMPTS]
     return Examples(
         images=list(rounded),
-        names={"en": drawings.en, "zh": drawings.zh},
-        reviews={language: load_sentiment(cache, "test", language) for language in ("en", "zh")},
+        names={
+            "en": [drawings.en[index] for index in chosen],
+            "zh": [drawings.zh[index] for index in chosen],
+        },
+        reviews={
+            language: [reviews[index] for index in evaluate.spread(len(reviews), limit)]
+            for language in ("en", "zh")
+            for reviews in [load_sentiment(cache, "test", language)]
+        },
         prompts=[" ".join(story.split()[:6]) for story in stories],
     )
 
@@ -187,9 +197,9 @@ def time_bundle(folder: Path, image: NDArray[np.uint8]) -> tuple[float, float]:
     return 1e3 * (loaded - started), 1e3 * median(spent)
 
 
-def report(checkpoint: Path, cache: Path, bundles: Sequence[Path]) -> list[Row]:
+def report(checkpoint: Path, cache: Path, bundles: Sequence[Path], limit: int | None = None) -> list[Row]:
     """The checkpoint first, then each bundle."""
-    examples = load_examples(cache)
+    examples = load_examples(cache, limit)
     reference = ask_torch(checkpoint, examples)
     rows = [judge("torch fp32", reference, examples)]
     for folder in bundles:
@@ -205,8 +215,13 @@ def main(arguments: Sequence[str]) -> None:
     from gemini.model.offline import import_transformers
 
     import_transformers()
-    checkpoint, cache, *bundles = map(Path, arguments)
-    rows = [asdict(row) for row in report(checkpoint, cache, bundles)]
+    parser = argparse.ArgumentParser(prog="python -m gemini.family_report")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("bundles", type=Path, nargs="+")
+    parser.add_argument("--limit", type=int)
+    given = parser.parse_args(arguments)
+    rows = [asdict(row) for row in report(given.checkpoint, given.cache, given.bundles, given.limit)]
     print("| " + " | ".join(rows[0]) + " |")
     print("|" + " --- |" * len(rows[0]))
     for row in rows:

@@ -6,14 +6,14 @@ exit code 2 says that the page's table is not the result's.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gemini.benchmarks.page import read_page, update_page
 from gemini.benchmarks.peers.compare import PEERS_SCHEMA
-from gemini.benchmarks.peers.table import markdown_table, replace_section
+from gemini.benchmarks.peers.table import SECTION, markdown_table
 from gemini.errors import GeminiEdgeError, UsageError
 
 
@@ -25,30 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        page = _read(options.page)
-        made = replace_section(page, markdown_table(_read_result(options.result)))
-        if options.check and made != page:
-            raise UsageError(f"The table of {options.page} is stale.", "Run the same without --check.")
-        if made != page:
-            unfinished = options.page.with_name(f".{options.page.name}.partial")
-            unfinished.write_text(made, encoding="utf-8")
-            os.replace(unfinished, options.page)
+        table = markdown_table(_read_result(options.result))
+        update_page(options.page, SECTION, table, check=options.check)
     except GeminiEdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read ({error}).", "Check the path.") from None
-
-
 def _read_result(path: Path) -> dict[str, Any]:
     try:
-        result = json.loads(_read(path))
+        result = json.loads(read_page(path))
     except ValueError:
         result = None
     if not isinstance(result, dict) or "peers" not in result:

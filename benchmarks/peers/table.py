@@ -1,12 +1,12 @@
-"""A comparison as a table in Markdown, and that table inside a README between two comments."""
+"""A comparison as a table in Markdown."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from gemini.benchmarks.page import markdown_lines
 from gemini.benchmarks.peers.sweeps import SWEEPS
-from gemini.errors import UsageError
 
-BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
+SECTION = "peers"  # of the page that the table goes into
 _HEADS = (
     "runtime", "size MB", "perplexity", "decode tokens/s", "prefill tokens/s", "start to first token ms",
     "peak MB", "of the bandwidth",
@@ -26,13 +26,9 @@ def failures(result: Mapping[str, Any]) -> list[str]:
 def markdown_table(result: Mapping[str, Any]) -> str:
     """The comparison's rows, failed ones with their reason below, and the conditions."""
     head, *rows = table_cells(result)
-    ruled = [
-        _line(head),
-        _line(["---", *["---:"] * (len(head) - 1)]),
-        *(_line(map(_text, row)) for row in rows),
-    ]
-    failed = [f"- {_text(line)}" for line in failures(result)]
-    return "\n\n".join("\n".join(part) for part in (ruled, failed, [_text(conditions(result))]) if part)
+    table = markdown_lines([head, *(map(_text, row) for row in rows)])
+    failed = "\n".join(f"- {_text(line)}" for line in failures(result))
+    return "\n\n".join(part for part in (table, failed, _text(conditions(result))) if part)
 
 
 def conditions(result: Mapping[str, Any]) -> str:
@@ -60,30 +56,15 @@ def sweep_tables(result: Mapping[str, Any]) -> str:
         if not (series := (result.get("sweeps") or {}).get(kind)):
             continue
         values = sorted({point[kind] for one in series for point in one["points"]})
-        lines = [_line([f"tokens/s by {kind}", *map(str, values)]), _line(["---", *["---:"] * len(values)])]
+        lines = [[f"tokens/s by {kind}", *map(str, values)]]
         for one in series:
             for rate in ("prefill", "decode"):
                 found = {point[kind]: point[f"{rate}_tokens_per_second"] for point in one["points"]}
                 cells = [f"{found[value]:.1f}" if value in found else "–" for value in values]
-                lines.append(_line([f"{_text(one['name'])}, {rate}", *cells]))
+                lines.append([f"{_text(one['name'])}, {rate}", *cells])
         left = [f"- {_text(one['name'])} left: {_text(one['error'])}" for one in series if one["error"]]
-        parts += ["\n".join(lines), *(["\n".join(left)] if left else [])]
+        parts += [markdown_lines(lines), *(["\n".join(left)] if left else [])]
     return "\n\n".join(parts)
-
-
-def replace_section(page: str, table: str) -> str:
-    """The page with ``table`` between its two marker comments.
-
-    UsageError unless each of them is there once, in order.
-    """
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in tail or END in head:
-        raise UsageError(
-            f"The page does not hold {BEGIN} and {END} once each, in this order.",
-            "Put the two comments where the table belongs.",
-        )
-    return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"
 
 
 def _row(peer: Mapping[str, Any]) -> list[str]:
@@ -108,10 +89,6 @@ def _times(ratio: Mapping[str, float] | None) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _text(value: Any) -> str:

@@ -170,6 +170,8 @@ def test_eval_of_a_generator_against_itself_finds_no_difference(
     assert row["top1_agreement"] == 1.0
     assert row["kl"] == pytest.approx(0.0, abs=1e-5)  # the reference's logits are kept as float16
     assert reference["name"] == bundle
+    both = result_of(capsys, "eval", bundle, *arguments[1:], "--reference", bundle)["table"]
+    assert both == [reference, row, row]
 
 
 def test_eval_of_an_embedder_and_a_classifier_needs_a_reference(toys: dict[str, Path], capsys) -> None:

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from gemini.benchmarks.latency import Ceiling, Run, summarize
+from gemini.benchmarks.page import replace_section
 from gemini.benchmarks.peers.__main__ import main
 from gemini.benchmarks.peers.figures import draw_comparison
 from gemini.benchmarks.peers.run import write_results
-from gemini.benchmarks.peers.table import markdown_table, replace_section, sweep_tables
+from gemini.benchmarks.peers.table import markdown_table, sweep_tables
 from gemini.errors import UsageError
 
 PAGE = "# Title\n\n<!-- peers:begin -->\n\nold\n\n<!-- peers:end -->\n\nend\n"
@@ -116,7 +117,7 @@ def test_sweeps_have_a_line_for_each_rate(result: dict) -> None:
 )
 def test_a_page_without_its_two_comments_is_refused(page: str) -> None:
     with pytest.raises(UsageError, match="once each, in this order"):
-        replace_section(page, "table")
+        replace_section(page, "peers", "table")
 
 
 def test_the_page_gets_the_table_and_nothing_else_changes(result: dict, tmp_path: Path, capsys) -> None:
