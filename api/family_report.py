@@ -3,8 +3,8 @@
     python -m gemini.family_report CHECKPOINT CACHE BUNDLE [BUNDLE ...] [--limit N]
 
 The same pictures and prompts go to all: captions of drawings by another hand, labels of reviews, 60 greedy
-tokens after the beginnings of held-out stories. The last line of standard output is JSON. ``--limit`` takes so
-many drawings and so many reviews of a language, evenly spread.
+tokens after the beginnings of held-out stories. ``--limit`` takes so many drawings and so many reviews of a
+language, evenly spread. The last line of standard output is JSON.
 """
 
 from __future__ import annotations
