@@ -51,8 +51,8 @@ class PeerProcess:
         """
         environment = {name: value for name, value in os.environ.items() if own_path or name != "PYTHONPATH"}
         environment |= _QUIET | dict.fromkeys(_THREADS, str(threads))
-        self._folder = tempfile.TemporaryDirectory(prefix="gemini-edge-peer-")
-        self._log: IO[bytes] = open(Path(self._folder.name) / "stderr", "w+b")  # noqa: SIM115
+        # Without a name, so nothing is left behind even when this process is killed.
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._unread, self._closed = b"", False
         self.started = time.perf_counter()
         try:
@@ -62,12 +62,11 @@ class PeerProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 env=environment,
-                cwd=self._folder.name,
+                cwd=tempfile.gettempdir(),
                 start_new_session=True,  # Ctrl-C reaches the parent, which ends its children
             )
         except OSError as error:
             self._log.close()
-            self._folder.cleanup()
             raise PeerError(f"{command[0]} cannot be started ({error.strerror})") from error
 
     def __enter__(self) -> "PeerProcess":
@@ -108,7 +107,7 @@ class PeerProcess:
         self._signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """Kill the process and its children, and remove what it left."""
+        """Kill the process and its children."""
         if self._closed:
             return
         self._closed = True
@@ -119,7 +118,6 @@ class PeerProcess:
                 pipe.close()
         self._child.wait()
         self._log.close()
-        self._folder.cleanup()
 
     def _signal(self, number: signal.Signals) -> None:
         # The child leads a process group of its own, which may outlive it.
