@@ -37,11 +37,13 @@ class Decoder:
     ) -> None:
         """``constants``: further inputs, the same in every call; ``suppressed``: tokens never chosen."""
         self._graph, self._model, self._new_tokens = graph, model, new_tokens
+        self.context_length = model.context_length
         self._constants, self._suppressed = dict(constants or {}), list(suppressed)
         self._names = kv.cache_names(model.layers)
         self._values: list[ort.OrtValue] = []
         self._arrays: dict[str, np.ndarray] = {}
         self._feeds: dict[str, ort.OrtValue] = {}
+        self._several = np.zeros((0, model.vocab_size), np.float32)  # logits of the widest call so far
         self._capacity = 0
         self._lengths = np.zeros(0, np.int32)
 
@@ -83,18 +85,55 @@ class Decoder:
                 f"A step got {chosen.size} tokens for {self._lengths.size} rows.",
                 "Prefill, then one token a row.",
             )
-        total = int(self._lengths.max()) + 1
-        if total > self._model.context_length:
-            raise RequestError(
-                f"The context of {self._model.context_length} tokens is full.", "Generate fewer tokens."
-            )
-        if self._model.cache == "shared" and total > self._capacity:
-            self._grow(total)
+        self._advance(1)
         self._arrays["input_ids"][:, 0] = chosen
-        self._arrays["seqlens_k"][:] = self._lengths
-        self._arrays["total_sequence_length"][...] = total
-        self._lengths = self._lengths + 1
         return self._run(step=True)
+
+    def extend(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """Append M tokens to the only row; the logits (M, V) after each of them, a view like prefill's.
+
+        GroupQueryAttention takes several new tokens over a past for one row only.
+        """
+        chosen = checked_row(tokens, self._model.vocab_size)
+        if chosen.size == 1:
+            return self.step(chosen)
+        if self._lengths.size != 1 or not self._feeds:
+            raise RequestError(
+                f"Several tokens were to follow {self._lengths.size} rows.", "Prefill a single prompt."
+            )
+        self._advance(chosen.size)
+        if len(self._several) < chosen.size:
+            self._several = np.zeros((chosen.size, self._model.vocab_size), np.float32)
+        logits = self._several[: chosen.size]
+        positions = np.arange(chosen.size)[None]
+        arrays: dict[str, np.ndarray] = {
+            "input_ids": chosen[None],
+            "logit_positions": positions,
+            "logits": logits[None],
+        }
+        single = self._feeds
+        try:
+            self._feeds = single | {name: kv.to_device(array, "cpu") for name, array in arrays.items()}
+            self._bind_step_inputs(("input_ids", "logit_positions"))
+            self._binding.bind_ortvalue_output("logits", self._feeds["logits"])
+            self._run(step=True)
+        finally:
+            self._feeds = single
+            self._bind_step_inputs(("input_ids", "logit_positions"))
+            self._binding.bind_ortvalue_output("logits", single["logits"])
+        return self._suppress(logits)
+
+    def rewind(self, count: int) -> None:
+        """Forget the last ``count`` tokens of the only row. A shared buffer just gets overwritten later."""
+        if self._lengths.size != 1 or not 0 <= count < self._lengths[0]:
+            raise RequestError(
+                f"{count} tokens cannot be taken back.", "Take back fewer, of a single row, after a prefill."
+            )
+        self._lengths = self._lengths - count
+        if count and self._model.cache != "shared":
+            kept = [np.ascontiguousarray(value.numpy()[:, :, :-count]) for value in self._values]
+            self._values = [kv.to_device(value, self._graph.device) for value in kept]
+            self._bind_cache()
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Let row i go on from what is row ``rows[i]`` now; int64 (B,)."""
@@ -116,13 +155,13 @@ class Decoder:
             "kv_cache": sum(
                 value.tensor_size_in_bytes() for value in (*self._values, *self._constants.values())
             ),
-            "buffers": sum(array.nbytes for array in self._arrays.values()),
+            "buffers": sum(array.nbytes for array in (*self._arrays.values(), self._several)),
         }
 
     def close(self) -> None:
         """Free all buffers; a new prefill allocates them again."""
         self._values, self._arrays, self._feeds, self._capacity = [], {}, {}, 0
-        self._lengths = np.zeros(0, np.int32)
+        self._lengths, self._several = np.zeros(0, np.int32), self._several[:0].copy()
         if hasattr(self, "_binding"):
             del self._binding
 
@@ -162,10 +201,23 @@ class Decoder:
             else:
                 self._binding.bind_output(present, self._graph.device, 0)
 
+    def _advance(self, count: int) -> None:
+        """Make room for ``count`` more tokens a row and say so to the graph."""
+        total = int(self._lengths.max()) + count
+        if total > self._model.context_length:
+            raise RequestError(
+                f"The context of {self._model.context_length} tokens is full.", "Generate fewer tokens."
+            )
+        if self._model.cache == "shared" and total > self._capacity:
+            self._grow(total)
+        self._arrays["seqlens_k"][:] = self._lengths + (count - 1)
+        self._arrays["total_sequence_length"][...] = total
+        self._lengths = self._lengths + count
+
     def _grow(self, total: int) -> None:
         capacity = kv.round_up(total, self._model.context_length)
         try:
-            self._values = kv.grow(self._values, total - 1, capacity, self._graph.device)
+            self._values = kv.grow(self._values, int(self._lengths.max()), capacity, self._graph.device)
         except MemoryError as error:
             raise kv.too_large(self._lengths.size, capacity) from error
         self._capacity = capacity
@@ -183,7 +235,9 @@ class Decoder:
             self._binding.clear_binding_outputs()
             self._binding.bind_ortvalue_output("logits", self._feeds["logits"])
             self._bind_cache()
-        logits: NDArray[np.float32] = self._arrays["logits"][:, 0]
+        return self._suppress(self._arrays["logits"][:, 0])
+
+    def _suppress(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         if self._suppressed:
             logits[:, self._suppressed] = -np.inf
         return logits

@@ -15,13 +15,17 @@ from gemini.errors import RequestError
 from gemini.runtime.beams import beam_search
 from gemini.runtime.options import DEFAULT_NEW_TOKENS, GenerationOptions
 from gemini.runtime.sampling import Sampler
+from gemini.runtime.speculate import Extensible, Speculator, speculative_events
 
 Prompts = Sequence[Sequence[int]]
 OnToken = Callable[[int, int], "bool | None"]
 
 
 class Inference(Protocol):
-    """What the loop needs of a model. Returned logits (B, V) are valid until the next call."""
+    """What the loop needs of a model. Returned logits (B, V) are valid until the next call.
+
+    With drafts it needs an `Extensible` as well; a `Decoder` is both.
+    """
 
     def prefill(self, ids: Prompts) -> NDArray[np.float32]: ...
     def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]: ...
@@ -57,12 +61,16 @@ def token_events(
     options: GenerationOptions,
     eos: frozenset[int],
     limit: int,
+    speculator: Speculator | None = None,
 ) -> Generator[tuple[int, int], bool | None, list[str]]:
-    """Yield (row, token) for every new token, row by row within a step.
+    """Yield (row, token) for every new token, row by row within a step; with a ``speculator`` for one row.
 
     Send True back to end that row. A row also ends with an ``eos`` token (which is yielded) unless
     ``options.ignore_eos``, or after ``limit`` tokens. Returns why each row ended: "eos", "stop" or "length".
     """
+    if speculator is not None:
+        assert isinstance(inference, Extensible) and len(prompts) == 1
+        return (yield from speculative_events(inference, prompts[0], options, eos, limit, speculator))
     logits = inference.prefill(prompts)
     sampler = Sampler(options, prompts, logits.shape[-1])
     reasons = [""] * len(prompts)
@@ -94,6 +102,7 @@ def generate_tokens(
     eos: frozenset[int],
     limit: int,
     on_token: OnToken | None = None,
+    speculator: Speculator | None = None,
 ) -> tuple[list[list[int]], list[str]]:
     """Run the loop to its end: the new tokens of each row (eos included) and why each row ended.
 
@@ -110,7 +119,7 @@ def generate_tokens(
                     break
         return found, reasons
     rows: list[list[int]] = [[] for _ in prompts]
-    events = token_events(inference, prompts, options, eos, limit)
+    events = token_events(inference, prompts, options, eos, limit, speculator)
     try:
         row, token = next(events)
         while True:

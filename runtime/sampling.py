@@ -80,6 +80,13 @@ def softmax(logits: Floats) -> NDArray[np.float64]:
     return total
 
 
+def draw(weights: NDArray[np.float64], stream: np.random.Generator) -> int:
+    """An index drawn by inverse transform from ``weights`` (V,), which need not add up to 1."""
+    cumulative = np.cumsum(weights)
+    # side="right" skips tokens of probability 0; scaling by the total forgives rounding.
+    return int(np.searchsorted(cumulative, stream.random() * cumulative[-1], side="right"))
+
+
 def filter_logits(logits: Floats, options: GenerationOptions) -> Floats:
     """Temperature, top-k, top-p and min-p of ``options``, in that order."""
     filtered = apply_temperature(logits, options.temperature)
@@ -105,19 +112,37 @@ class Sampler:
 
     def choose(self, logits: Floats) -> NDArray[np.int64]:
         """The next token of each row, int64 (B,), from logits (B, V)."""
-        if self._seen is not None:
-            logits = apply_repetition_penalty(logits, self._seen, self.options.repetition_penalty)
-        tokens = np.asarray(logits.argmax(axis=-1) if self.options.greedy else self._draw(logits), np.int64)
+        logits = self._punished(logits)
+        return self._remember(
+            np.asarray(logits.argmax(axis=-1) if self.options.greedy else self._draw(logits), np.int64)
+        )
+
+    def judge(self, logits: Floats, drafted: int, proposal: NDArray[np.float64]) -> int:
+        """The next token of the only row, from logits (1, V), where ``drafted`` was drawn from ``proposal``.
+
+        ``proposal`` (V,) are probabilities. The draft is kept with probability min(1, p / q), else one is
+        drawn from the positive part of p - q: what comes out is distributed as p, whatever q is (Leviathan et
+        al., arXiv:2211.17192, theorem 3.5; Chen et al., arXiv:2302.01318).
+        """
+        target, stream = softmax(filter_logits(self._punished(logits), self.options))[0], self._streams[0]
+        token = drafted
+        if stream.random() * proposal[drafted] >= target[drafted]:
+            rest = np.maximum(target - proposal, 0.0)
+            token = draw(rest if rest.any() else target, stream)
+        return int(self._remember(np.array([token]))[0])
+
+    def _punished(self, logits: Floats) -> Floats:
+        if self._seen is None:
+            return logits
+        return apply_repetition_penalty(logits, self._seen, self.options.repetition_penalty)
+
+    def _remember(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._seen is not None:
             self._seen[np.arange(tokens.size), tokens] = True
         return tokens
 
     def _draw(self, logits: Floats) -> NDArray[np.int64]:
-        """Inverse transform sampling: every row consumes one number of its own stream a step."""
-        cumulative = np.cumsum(softmax(filter_logits(logits, self.options)), axis=-1)
-        tokens = np.empty(len(self._streams), np.int64)
-        for row, stream in enumerate(self._streams):
-            # side="right" skips tokens of probability 0; scaling by the total forgives rounding.
-            point = stream.random() * cumulative[row, -1]
-            tokens[row] = np.searchsorted(cumulative[row], point, side="right")
-        return tokens
+        """Every row consumes one number of its own stream a step."""
+        weights = softmax(filter_logits(logits, self.options))
+        rows = [draw(row, stream) for row, stream in zip(weights, self._streams, strict=True)]
+        return np.array(rows, np.int64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,12 +20,16 @@ from gemini.runtime import chat as chats
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.checks import check_graph, checked_rows
 from gemini.runtime.decoder import Decoder, LiveDecoders
+from gemini.runtime.draft_model import ModelDrafter
 from gemini.runtime.fields import damaged
 from gemini.runtime.generate import OnToken, generate_tokens, new_token_limit
+from gemini.runtime.lookup import LookupDrafter
 from gemini.runtime.options import GenerationOptions, OptionArgs, make_options
+from gemini.runtime.pace import StepCosts
 from gemini.runtime.schema import DecoderModel
 from gemini.runtime.scoring import all_logits
 from gemini.runtime.session import Graph
+from gemini.runtime.speculate import Drafter, Speculator
 from gemini.runtime.tokenizer import TextTokenizer
 from gemini.runtime.transcript import Generation, Transcript, pieces
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 Prompt = str | Sequence[str] | chats.Messages
+Speculate: TypeAlias = "Literal['lookup'] | TextGenerator | None"
 
 
 class TextGenerator:
@@ -51,26 +56,43 @@ class TextGenerator:
             make_options(bundle.manifest.generation.defaults, {})
         except RequestError as error:
             raise damaged(f"a generation default is impossible: {error.cause}") from error
-        self._live = LiveDecoders()
+        self._live, self._costs = LiveDecoders(), StepCosts()
         self._benchmark: Decoder | None = None
 
     def generate(
-        self, prompt: Prompt, *, chat: bool = False, **options: Unpack[OptionArgs]
+        self,
+        prompt: Prompt,
+        *,
+        chat: bool = False,
+        speculate: Speculate = None,
+        **options: Unpack[OptionArgs],
     ) -> Generation | list[Generation]:
         """Answer one prompt (a text or a conversation of role/content messages) or a list of texts.
 
         ``chat=True`` wraps each text as a user message in the bundle's chat template. Options that are not
         given come from the bundle. RequestError for empty or too long prompts and impossible options.
+
+        ``speculate`` needs fewer calls of the model for one prompt without beams (docs/speculation.md):
+        "lookup" drafts tokens from the prompt and the answer so far, a smaller session with the same
+        tokenizer drafts its own.
         """
         prompts, single = self._prompts(prompt, chat)
         chosen = self._options(options)
         transcript = Transcript(self.tokenizer, chosen, self.eos, len(prompts))
-        tokens, reasons = self._run(prompts, chosen, transcript)
+        speculator = self.speculator(speculate, prompts, chosen)
+        tokens, reasons = self._run(prompts, chosen, transcript, speculator)
         results = transcript.finished(tokens, reasons, [len(prompt) for prompt in prompts])
+        if speculator is not None:
+            results = [replace(results[0], speculation=speculator.counts)]
         return results[0] if single else results
 
     def stream(
-        self, prompt: str | chats.Messages, *, chat: bool = False, **options: Unpack[OptionArgs]
+        self,
+        prompt: str | chats.Messages,
+        *,
+        chat: bool = False,
+        speculate: Speculate = None,
+        **options: Unpack[OptionArgs],
     ) -> Iterator[str]:
         """The text of :meth:`generate` for one prompt, piece by piece, in whole characters.
 
@@ -82,19 +104,44 @@ class TextGenerator:
         chosen = self._options(options)
         checked_rows(prompts, self.model)
         limit = new_token_limit(prompts, chosen, self.model.context_length)
-        return pieces(self.decoder(limit), prompts, self.tokenizer, chosen, self.eos, limit)
+        speculator = self.speculator(speculate, prompts, chosen)
+        return pieces(self.decoder(limit), prompts, self.tokenizer, chosen, self.eos, limit, speculator)
 
     def generate_ids(
         self,
         ids: Sequence[Sequence[int]],
         options: GenerationOptions | None = None,
         on_token: OnToken | None = None,
+        speculator: Speculator | None = None,
     ) -> list[list[int]]:
         """New token ids (the end token included) for prompts of token ids, without any text.
 
-        ``on_token(row, token)`` sees every token and ends the row by returning True.
+        ``on_token(row, token)`` sees every token and ends the row by returning True. ``speculator``: a new
+        one of :meth:`speculator`, for these ids and options.
         """
-        return self._run(ids, options or self._options({}), on_token)[0]
+        return self._run(ids, options or self._options({}), on_token, speculator)[0]
+
+    def speculator(
+        self, speculate: Speculate, prompts: Sequence[Sequence[int]], options: GenerationOptions
+    ) -> Speculator | None:
+        """What drafts for one generation and counts; RequestError for what cannot be drafted for or by."""
+        if speculate is None:
+            return None
+        if len(prompts) != 1 or options.searches:
+            raise RequestError(
+                "Speculation follows a single row.", "Give one prompt and no beams, or leave speculate out."
+            )
+        drafter: Drafter
+        if isinstance(speculate, TextGenerator):
+            self._check_draft(speculate)
+            drafter = ModelDrafter(speculate.decoder(), prompts[0], options, self._costs)
+        elif speculate == "lookup":
+            drafter = LookupDrafter(prompts[0], self._costs)
+        else:
+            raise RequestError(
+                f"speculate is {str(speculate)[:80]!r}.", 'Give "lookup" or a loaded text generator.'
+            )
+        return Speculator(drafter, self._costs)
 
     def logits(self, ids: ArrayLike, lengths: ArrayLike | None = None) -> NDArray[np.float32]:
         """Logits float32 (B, S, V) of every position of ids (B, S); see :func:`scoring.all_logits`."""
@@ -133,12 +180,17 @@ class TextGenerator:
         self._benchmark = None
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, on_token: OnToken | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        on_token: OnToken | None,
+        speculator: Speculator | None = None,
     ) -> tuple[list[list[int]], list[str]]:
         checked_rows(prompts, self.model)
         limit = new_token_limit(prompts, options, self.model.context_length)
         if self.model.cache == "shared" or len({len(prompt) for prompt in prompts}) == 1:
-            return generate_tokens(self.decoder(limit), prompts, options, self.eos, limit, on_token)
+            decoder = self.decoder(limit)
+            return generate_tokens(decoder, prompts, options, self.eos, limit, on_token, speculator)
         rows, reasons = [], []
         for row, prompt in enumerate(prompts):  # a concatenated cache has one length for all rows
             seeded = options if options.seed is None else replace(options, seed=options.seed + row)
@@ -150,6 +202,17 @@ class TextGenerator:
             rows += tokens
             reasons += reason
         return rows, reasons
+
+    def _check_draft(self, draft: TextGenerator) -> None:
+        """RequestError unless both models read and write the same tokens."""
+        alike = draft.model.vocab_size == self.model.vocab_size and (
+            draft.tokenizer is self.tokenizer
+            or draft.tokenizer.inner.get_vocab() == self.tokenizer.inner.get_vocab()
+        )
+        if not alike:
+            raise RequestError(
+                "The draft model has another vocabulary.", "Give a smaller model of the same tokenizer."
+            )
 
     def _options(self, given: OptionArgs | Mapping[str, Any]) -> GenerationOptions:
         return make_options(self.bundle.manifest.generation.defaults, given)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gemini.runtime.generate import Inference, Prompts, token_events
 from gemini.runtime.options import GenerationOptions
+from gemini.runtime.speculate import Speculation, Speculator
 from gemini.runtime.streaming import TextStream
 from gemini.runtime.tokenizer import TextTokenizer
 
@@ -14,12 +15,13 @@ from gemini.runtime.tokenizer import TextTokenizer
 @dataclass(frozen=True)
 class Generation:
     """One finished answer. ``tokens`` hold everything sampled, the end token included; ``text`` ends before
-    a stop string. ``finish_reason`` is "eos", "stop" or "length"."""
+    a stop string. ``finish_reason`` is "eos", "stop" or "length"; ``speculation`` counts what drafts did."""
 
     text: str
     tokens: tuple[int, ...]
     prompt_tokens: int
     finish_reason: str
+    speculation: Speculation | None = None
 
 
 class Transcript:
@@ -60,11 +62,12 @@ def pieces(
     options: GenerationOptions,
     eos: frozenset[int],
     limit: int,
+    speculator: Speculator | None = None,
 ) -> Iterator[str]:
     """The text of a single row, piece by piece in whole characters; closes ``inference`` at its end."""
     text = TextStream(tokenizer, options.stop)
     try:
-        for _, token in token_events(inference, prompts, options, eos, limit):
+        for _, token in token_events(inference, prompts, options, eos, limit, speculator):
             if options.ignore_eos or token not in eos:
                 piece = text.push(token)
                 if piece:

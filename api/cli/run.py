@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gemini.cli.inputs import checked_text, read_stdin
 from gemini.errors import UsageError
@@ -73,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     generation.add_argument("--seed", metavar="N", type=int, help="makes sampling repeatable")
     generation.add_argument(
+        "--speculate",
+        metavar="lookup|BUNDLE",
+        help="draft tokens and check several in one call: copied from the text so far (lookup), or by a "
+        "smaller bundle with the same tokenizer; worth it where the answer repeats the prompt",
+    )
+    generation.add_argument(
         "--stop", metavar="TEXT", action="append", help="end before this text; may be repeated"
     )
 
@@ -89,6 +95,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from gemini import runtime
 
     session = runtime.load(args.bundle, device=args.device, threads=args.threads)
+    if args.speculate and not isinstance(session, runtime.TextGenerator):
+        raise UsageError(
+            f"The bundle's task is {session.bundle.manifest.task}, which is not drafted for.",
+            "Leave --speculate out.",
+        )
     if isinstance(session, runtime.Seq2SeqGenerator):
         _require(given[0], session.bundle.manifest.task, "prompt", "image", "stdin")
         return _answer(session, texts[0] if texts else None, args)
@@ -143,11 +154,28 @@ def _options(args: argparse.Namespace) -> OptionArgs:
 def _generate(session: TextGenerator, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     """Stream the text; with --json nobody reads along, so the whole generation comes with its counts."""
     result: dict[str, Any] = {"task": "text-generation", "prompt": prompt}
+    speculate = _speculate(args)
     if args.json or args.num_beams:
-        answer = session.generate(prompt, chat=args.chat, **_options(args))
+        answer = session.generate(prompt, chat=args.chat, speculate=speculate, **_options(args))
         assert not isinstance(answer, list)
         return result | _whole(answer, args)
-    return result | {"text": _print(session.stream(prompt, chat=args.chat, **_options(args)))}
+    pieces = session.stream(prompt, chat=args.chat, speculate=speculate, **_options(args))
+    return result | {"text": _print(pieces)}
+
+
+def _speculate(args: argparse.Namespace) -> Literal["lookup"] | TextGenerator | None:
+    """What drafts; a bundle is loaded on the device and threads of the one that it drafts for."""
+    if args.speculate is None or args.speculate == "lookup":
+        return args.speculate  # type: ignore[no-any-return]
+    from gemini import runtime
+
+    draft = runtime.load(args.speculate, device=args.device, threads=args.threads)
+    if not isinstance(draft, runtime.TextGenerator):
+        raise UsageError(
+            f"{args.speculate} is for {draft.bundle.manifest.task}.",
+            "Draft with a bundle that generates text.",
+        )
+    return draft
 
 
 def _answer(session: Seq2SeqGenerator, prompt: str | None, args: argparse.Namespace) -> dict[str, Any]:

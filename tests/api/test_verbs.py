@@ -36,6 +36,29 @@ def test_run_repeats_itself_with_a_seed(toys: dict[str, Path], capsys) -> None:
     assert len(texts) == 1
 
 
+@pytest.mark.parametrize("draft", ["lookup", "shared"])
+def test_run_speculates_without_changing_the_text(toys: dict[str, Path], capsys, draft: str) -> None:
+    plain = ["run", str(toys["shared"]), "--prompt", "one two one two one two", "--max-new-tokens", "30"]
+    assert main(plain) == 0
+    text = capsys.readouterr().out
+    speculating = [*plain, "--speculate", str(toys.get(draft, draft))]
+    assert main(speculating) == 0
+    assert capsys.readouterr().out == text
+    assert main([*speculating, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["generation"]
+    assert found["text"] + "\n" == text
+    counts = found["speculation"]
+    assert counts["calls"] + counts["accepted"] + 1 == len(found["tokens"])
+    assert 0 <= counts["accepted"] <= counts["drafted"]
+
+
+def test_run_refuses_drafts_for_and_by_what_generates_no_text(toys: dict[str, Path], capsys) -> None:
+    assert main(["run", str(toys["embedder"]), "--text", "a", "--speculate", "lookup"]) == 2
+    assert "not drafted for" in capsys.readouterr().err
+    assert main(["run", str(toys["shared"]), "--prompt", "a", "--speculate", str(toys["embedder"])]) == 2
+    assert "feature-extraction" in capsys.readouterr().err
+
+
 def test_run_reads_standard_input_and_imports_neither_torch_nor_onnx(toys: dict[str, Path]) -> None:
     code = (
         "import sys\nfrom gemini.cli import main\n"
