@@ -1,0 +1,142 @@
+"""The loop of a recovery: what learns, what stays, the best state, early stopping, going on after a kill."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from small_models import logits_of, make_llama, make_windows
+
+from gemini.compress import distill as loop
+from gemini.compress.distill import Distillation, distill
+from gemini.compress.recover import divergence, twin
+from gemini.errors import RecipeError
+
+OPTIONS = Distillation(minutes=1e9, rate=0.02, steps=24, warmup=2)
+
+
+def rows(count, length=12, seed=0):
+    return np.random.default_rng(seed).integers(0, 160, (count, length))
+
+
+def pair():
+    """A teacher, and a student that has the teacher's norms wrong and may learn them."""
+    teacher = make_llama()
+    with torch.no_grad():  # logits of some size, so that there is something to tell
+        teacher.get_input_embeddings().weight *= 20
+    student = copy.deepcopy(teacher)
+    for name, parameter in student.named_parameters():
+        if "norm" in name:
+            torch.manual_seed(len(name))
+            parameter.data *= 1 + 0.5 * torch.randn_like(parameter)
+            parameter.requires_grad_(True)
+    return student, teacher
+
+
+def plain(student, teacher, held_out):
+    with torch.no_grad():
+        ids = torch.from_numpy(held_out)
+        return float(divergence(student(ids).logits, teacher(ids).logits))
+
+
+def test_the_student_gets_nearer_and_nothing_else_changes():
+    student, teacher = pair()
+    learning = {name for name, p in student.named_parameters() if p.requires_grad}
+    before, known = copy.deepcopy(student.state_dict()), copy.deepcopy(teacher.state_dict())
+    held_out = rows(9, seed=1)
+    start = plain(student, teacher, held_out)
+    report = distill(student, teacher, rows(16), held_out, OPTIONS, show=False)
+    assert report.before == pytest.approx(start, rel=1e-5)
+    assert report.after == pytest.approx(plain(student, teacher, held_out), rel=1e-5)
+    assert report.after < 0.7 * report.before
+    assert report.steps == 24 and report.trained == 5 * 64
+    assert [row["step"] for row in report.history] == [0, *range(2, 25, 2)]
+    after = student.state_dict()
+    assert {name for name, value in after.items() if not torch.equal(value, before[name])} == learning
+    assert all(torch.equal(value, known[name]) for name, value in teacher.state_dict().items())
+
+
+def test_hidden_states_count_when_asked():
+    found = []
+    for states in (0.0, 10.0):
+        student, teacher = pair()
+        distill(
+            student,
+            teacher,
+            rows(16),
+            rows(4, seed=1),
+            dataclasses.replace(OPTIONS, states=states),
+            show=False,
+        )
+        ids = torch.from_numpy(rows(4, seed=1))
+        with torch.no_grad():
+            mine, other = (m(ids, output_hidden_states=True).hidden_states[1] for m in (student, teacher))
+        found.append(float((mine - other).norm() / other.norm()))
+    assert found[1] < 0.9 * found[0]
+
+
+def test_the_best_state_stays_and_a_run_that_gets_worse_stops():
+    student, teacher = pair()
+    for name, parameter in student.named_parameters():
+        parameter.data = dict(teacher.named_parameters())[name].data.clone()  # nothing is better than this
+    before = copy.deepcopy(student.state_dict())
+    options = dataclasses.replace(OPTIONS, rate=0.5, patience=3)
+    report = distill(student, teacher, rows(16), rows(4, seed=1), options, show=False)
+    assert report.best_step == 0 and report.after == report.before
+    assert report.steps == 6  # three evaluations, two steps each
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_a_run_that_was_killed_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+    whole, teacher = pair()
+    expected = distill(whole, teacher, rows(16), rows(4, seed=1), OPTIONS, show=False)
+
+    step, calls = loop._step, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    folder = tmp_path / "state"
+    monkeypatch.setattr(loop, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill(pair()[0], teacher, rows(16), rows(4, seed=1), OPTIONS, folder=folder, show=False)
+    calls.clear()
+    student, _ = pair()
+    report = distill(student, teacher, rows(16), rows(4, seed=1), OPTIONS, folder=folder, show=False)
+    assert 0 < len(calls) < 14  # the others were not repeated
+    assert dataclasses.replace(report, minutes=0, history=[]) == dataclasses.replace(
+        expected, minutes=0, history=[]
+    )
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name], rtol=0, atol=0)
+
+
+def test_time_ends_a_run():
+    student, teacher = pair()
+    report = distill(student, teacher, rows(16), rows(4, seed=1), Distillation(minutes=0.01), show=False)
+    assert 0 < report.steps < 10_000
+    student, teacher = pair()
+    assert distill(student, teacher, rows(16), rows(4), Distillation(minutes=0), show=False).steps == 0
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    student, teacher = pair()
+    student.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(RecipeError, match="step 0 is nan"):
+        distill(student, teacher, rows(16), rows(4), OPTIONS, show=False)
+
+
+def test_a_twin_shares_tensors_and_no_module():
+    model = make_llama()
+    other = twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert not set(model.modules()) & set(other.modules())
+    other.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
+    windows = make_windows()
+    assert not torch.equal(logits_of(other, windows), logits_of(model, windows))
+    other.lm_head, kept = None, model.lm_head
+    assert model.lm_head is kept
