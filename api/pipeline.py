@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +26,8 @@ from gemini.compress.apply import run_recipe
 from gemini.compress.calibrate import Window
 from gemini.compress.dense import dense_weights
 from gemini.compress.recipe import Recipe, load_recipe
+from gemini.compress.recover import twin
+from gemini.compress.reports import PassReport
 from gemini.compress.specs import QuantizeInt4
 from gemini.errors import GateError, UsageError
 from gemini.export.bundle import check_output, commit, describe, staging, write_companions, write_manifest
@@ -33,6 +35,7 @@ from gemini.export.exporter import export_checkpoint
 from gemini.judges import Judge, make_judge
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
 from gemini.pair_judge import calibration_feeds
+from gemini.recovery import Recovery, forget, prepare_recovery, recover_quantized
 from gemini.samples import sentence_windows, text_windows
 from gemini.self_text import SEED, sampled_windows
 
@@ -54,6 +57,9 @@ def compress_model(
     target_size: float | None = None,
     target_bpw: float | None = None,
     max_drop: float | None = None,
+    recover: float | None = None,
+    teacher: str | None = None,
+    codes: bool = True,
     force: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -65,6 +71,9 @@ def compress_model(
 
     max_drop: percent of the fp32 metric that may be lost. A bundle that loses more is put at ``output`` +
     ".rejected" with its report, and GateError is raised; an existing bundle at ``output`` stays.
+    recover: minutes in which the quantized model learns from the unquantized one, or from ``teacher``, a
+    model with the same vocabulary. A run that is cut off goes on when it is started again. ``codes``:
+    those of 4-bit weights learn too, beside scales and norms.
     """
     output = Path(output)
     stages = Stages(progress)
@@ -76,6 +85,14 @@ def compress_model(
     with stages("load"):
         checkpoint = load_checkpoint(source, task)
     planned = _is_planned(checkpoint, recipe, target)
+    recovery = None
+    if teacher and recover is None:
+        raise UsageError("A teacher is named and nothing is to learn.", "Add --recover MINUTES.")
+    if recover is not None:
+        if not planned and not chosen.specs:
+            raise UsageError("fp32 weights have nothing to recover from.", "Leave --recover out.")
+        with stages("text to recover on"):
+            recovery = prepare_recovery(checkpoint, output, recover, teacher, given, progress, codes)
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch, staging(output) as folder:
         fp32_bytes = stored_bytes(checkpoint)
         with stages("measure fp32"):
@@ -99,18 +116,15 @@ def compress_model(
                 with dense_weights(checkpoint.model):
                     nearest = judge.score_torch()
         while True:
-            manifest = _build(checkpoint, chosen, feeds, folder, stages)
-            size = sum(file.stat().st_size for file in folder.iterdir())
-            again = planner and planner.resized(size)
+            resized = planner.resized if planner and target.size_mb is not None else None
+            manifest, size, again = _build(checkpoint, chosen, feeds, folder, stages, recovery, resized)
             if not again:
                 score, latency = _measure(folder, judge, stages)
                 drop = loss_percent(judge.metric, score.get(judge.metric), judge.reference.get(judge.metric))
-                again = planner and planner.repaired(drop)
+                again = planner.repaired(drop) if planner else None
             if not again:
                 break
             chosen = again
-            for file in folder.iterdir():
-                file.unlink()
         table = [_row("fp32", fp32_bytes, judge.reference)]
         table += [_row("round-to-nearest", None, nearest)] if nearest else []
         table += [_row("bundle", size, score)]
@@ -127,12 +141,14 @@ def compress_model(
             "max_drop": max_drop,
             "gate": gate,
             "passes": manifest["passes"],
+            "recovery": manifest.get("recovery"),
             "verification": manifest["verification"],
             "latency": latency,
             "bytes": manifest["bytes"],
             "data": {
                 "evaluation": judge.data(),
                 "calibration": {**described, "tokens": sum(w.size for w in windows)},
+                **({"recovery": recovery.lessons.described} if recovery else {}),
             },
             "host": host_facts(),
             "provenance": manifest["provenance"],
@@ -145,6 +161,7 @@ def compress_model(
         )
         write_manifest(folder, manifest)
         stages.done()
+        forget(output)
         if not passed:
             _reject(folder, output, report)
         commit(folder, output)
@@ -166,19 +183,52 @@ def _is_planned(checkpoint: Checkpoint, recipe: str | None, target: Target) -> b
 
 
 def _build(
-    checkpoint: Checkpoint, recipe: Recipe, feeds: Sequence[Window], folder: Path, stages: Stages
-) -> dict[str, Any]:
-    """Put the compressed bundle's files into ``folder``; returns the manifest. The model stays as it was."""
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    feeds: Sequence[Window],
+    folder: Path,
+    stages: Stages,
+    recovery: Recovery | None,
+    resized: Callable[[int], Recipe | None] | None,
+) -> tuple[dict[str, Any], int, Recipe | None]:
+    """Put the compressed bundle's files into ``folder``; returns the manifest, their bytes and, where
+    ``resized`` has one, a recipe to try instead. The model stays as it was.
+
+    A size is settled before minutes are spent on recovery, which does not change it.
+    """
+    original = twin(checkpoint.model)
+    again = None
     with restored(checkpoint):
         with stages("compress"):
             passes = run_recipe(checkpoint, recipe, feeds, stages.progress)
-        with stages("export and verify"):
-            exported = export_checkpoint(checkpoint, folder, stages.progress)
-        manifest = describe(checkpoint, exported)
+        if not recovery or resized:
+            manifest = _export(checkpoint, recipe, passes, folder, stages)
+            again = resized(_bytes(folder)) if resized else None
+        if recovery and not again:
+            with stages("recover"):
+                learned = recover_quantized(checkpoint.model, original, recovery, recipe, stages.progress)
+            manifest = _export(checkpoint, recipe, passes, folder, stages) | {"recovery": learned}
+            write_manifest(folder, manifest)
+    return manifest, _bytes(folder), again
+
+
+def _export(
+    checkpoint: Checkpoint, recipe: Recipe, passes: Sequence[PassReport], folder: Path, stages: Stages
+) -> dict[str, Any]:
+    """Write the model as it is now into ``folder``, over what is there."""
+    for file in folder.iterdir():
+        file.unlink()
+    with stages("export and verify"):
+        exported = export_checkpoint(checkpoint, folder, stages.progress)
+    manifest = describe(checkpoint, exported)
     manifest |= {"recipe": recipe.to_dict(), "passes": [to_plain(asdict(p)) for p in passes]}
     write_companions(checkpoint, folder)
     write_manifest(folder, manifest)
     return manifest
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 class Stages:

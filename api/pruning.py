@@ -26,6 +26,7 @@ from gemini.judges import make_judge
 from gemini.model import catalog
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
 from gemini.pair_judge import calibration_feeds
+from gemini.recovery import forget, prepare_recovery, recover_pruned
 from gemini.samples import pictures, sentence_windows, text_windows
 
 WINDOWS, WINDOW, SENTENCES, IMAGES = 16, 256, 100, 16
@@ -46,6 +47,8 @@ def prune_checkpoint(
     task: str | None = None,
     calibration: str | None = None,
     eval_text: str | None = None,
+    recover: float | None = None,
+    adapters: str | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -53,8 +56,9 @@ def prune_checkpoint(
 
     Layers go first, then heads and widths, then tokens: ``vocabulary`` names text files, and a token that
     they never use is left out. ``by`` as in ``depth.prune_layers``, ``compensate`` as in
-    ``prune.prune_units``. The report, pruning.json in the folder, has the accuracy before and after.
-    RecipeError for what cannot be cut.
+    ``prune.prune_units``. With ``recover`` a smaller generator then learns so many minutes from what it was
+    (`recovery.recover_pruned`), before tokens go. The report, pruning.json in the folder, has the accuracy
+    before and after. RecipeError for what cannot be cut.
     """
     output = Path(output)
     if not (layers or heads or width or vocabulary):
@@ -68,6 +72,14 @@ def prune_checkpoint(
     learning = TextSource(Path(calibration).name, read_text(calibration)) if calibration else None
     learning = learning or TextSource(f"{built_in.name}, first half", built_in.calibration)
     checkpoint = load_checkpoint(source, task)
+    recovery = None
+    if adapters and recover is None:
+        raise UsageError("Adapters are named and nothing is to learn.", "Add --recover MINUTES.")
+    if recover is not None:
+        if not (layers or heads or width):
+            raise UsageError("Leaving out tokens loses nothing to recover.", "Leave --recover out.")
+        own = learning if calibration else None
+        recovery = prepare_recovery(checkpoint, output, recover, None, own, progress)
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch:
         before = make_judge(checkpoint, evaluation, Path(scratch))
         made, cuts = checkpoint, []
@@ -88,6 +100,10 @@ def prune_checkpoint(
             )
             made = replace(made, model=thinner.model)
             cuts.append({"type": "units", **to_plain(asdict(thinner.report))})
+        learned = None
+        if recovery:
+            kind = {"cuts": cuts, "compensate": compensate}
+            learned = recover_pruned(made.model, checkpoint.model, recovery, kind, adapters, progress)
         output.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
         try:
@@ -103,6 +119,7 @@ def prune_checkpoint(
                 "before": {"parameters": parameters(checkpoint), **before.reference},
                 "after": {"parameters": parameters(made), **after.reference},
                 "cuts": cuts,
+                "recovery": learned,
                 "evaluation": before.data(),
                 "calibration": learning.to_dict(),
             }
@@ -112,6 +129,7 @@ def prune_checkpoint(
                 shutil.rmtree(output)
             staged.chmod(0o755)
             staged.rename(output)
+            forget(output)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     return {**plain, "checkpoint": str(output)}

@@ -95,10 +95,13 @@ def page_facts(report: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows, from the report's keys.
 
     name, task, recipe, table [{name, size_mb, metrics}], metric, drop_percent, max_drop, gate, passes,
-    verification, latency, bytes, data, host, seconds {stage: s}, peak_rss_mb, provenance. All optional.
+    recovery, verification, latency, bytes, data, host, seconds {stage: s}, peak_rss_mb, provenance. All
+    optional.
     """
     table = list(report.get("table") or [])
     columns = table_columns(table)
+    recovery = report.get("recovery") or {}
+    figures = {key: value for key, value in recovery.items() if not isinstance(value, list | Mapping)}
     reference: Mapping[str, Any] = next((row for row in table if row.get("name") == "fp32"), {})
     recipe = report.get("recipe")
     return {
@@ -109,13 +112,14 @@ def page_facts(report: Mapping[str, Any]) -> dict[str, Any]:
         "rows": [_row(row, columns, reference) for row in table],
         "data": _flatten(report.get("data") or {}),
         "sections": [
-            (title, report[key])
-            for title, key in (
-                ("Verification", "verification"),
-                ("Provenance", "provenance"),
-                ("Host", "host"),
+            (title, facts)
+            for title, facts in (
+                ("Recovery", figures),
+                ("Verification", report.get("verification")),
+                ("Provenance", report.get("provenance")),
+                ("Host", report.get("host")),
             )
-            if report.get(key)
+            if facts
         ],
     }
 

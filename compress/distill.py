@@ -26,9 +26,9 @@ from gemini.model.training import state
 from gemini.model.training.order import Order
 from gemini.model.training.schedule import learning_rate_factor, progress
 
-EVALUATIONS = 12  # over a whole run
-_SAVE_EVERY = 2  # evaluations: with codes, a state is three times the size of the model
-_BATCH = 8  # rows
+EVALUATIONS = 8  # over a whole run
+_SAVE_EVERY = 2  # evaluations: where whole weights learn, a state is three times as large as they are
+_BATCH = 4  # rows
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Distillation:
 
     minutes: float
     rate: float = 1e-3
-    code_rate: float = 0.01
+    code_rate: float = 0.012
     states: float = 0.0
-    patience: int = 4
+    patience: int = 3
     warmup: int = 10
     steps: int = 1_000_000
     seed: int = 0

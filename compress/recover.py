@@ -172,7 +172,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def make_learnable(model: nn.Module, codes: bool = False) -> None:
-    """Let scales, norms and biases of a quantized model learn, and ``codes`` too if asked, as new modules.
+    """Let scales, norms and biases of a quantized model learn, and 4-bit ``codes`` if asked, as new modules.
 
     Token embedding and head stay as they are, and no tensor that another model may share changes.
     """
@@ -180,7 +180,8 @@ def make_learnable(model: nn.Module, codes: bool = False) -> None:
     ends = _ends(model)
     for name, module in [(n, m) for n, m in model.named_modules() if m not in ends]:
         if isinstance(module, QuantizedLinear):
-            model.set_submodule(name, LearnableLinear(module, codes))
+            # A step of an 8-bit code is too small to matter.
+            model.set_submodule(name, LearnableLinear(module, codes and module.bits == 4))
         elif any(parameter.ndim == 1 for parameter in module.parameters(recurse=False)):
             own = copy.deepcopy(module)
             for parameter in own.parameters(recurse=False):

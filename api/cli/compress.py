@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gemini.cli.output import results_table
+from gemini.cli.output import recovery_line, results_table
 
 HELP = "Compress a checkpoint into a bundle, with the accuracy it lost and the report that shows it."
 EXAMPLE = "gemini-edge compress smollm2-135m --recipe int4 --output bundles/smollm2 --max-drop 20"
@@ -61,6 +61,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the loss of accuracy against fp32 that is allowed; without --recipe, formats of a generator "
         "are raised until it holds; else the bundle is set aside as DIR.rejected and the exit code is 3",
     )
+    parser.add_argument(
+        "--recover",
+        metavar="MINUTES",
+        type=float,
+        help="let the compressed generator learn from the uncompressed one for so long, on the text of "
+        "--calibration or on what that one writes; a run that was cut off goes on when started again",
+    )
+    parser.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="the model to learn from instead, such as the one that MODEL was pruned from",
+    )
+    parser.add_argument(
+        "--learn",
+        choices=("codes", "scales"),
+        default="codes",
+        help="what --recover changes beside norms: scales and the codes of 4-bit weights, which takes 16 "
+        "bytes a weight, or scales alone (default: codes)",
+    )
     parser.add_argument("--force", action="store_true", help="replace a bundle that already lies at DIR")
 
 
@@ -78,6 +97,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         target_size=args.target_size,
         target_bpw=args.target_bpw,
         max_drop=args.max_drop,
+        recover=args.recover,
+        teacher=args.teacher,
+        codes=args.learn == "codes",
         force=args.force,
         progress=True,
     )
@@ -86,5 +108,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         counts = ", ".join(f"{count} x {name}" for name, count in plan["formats"].items())
         bits = f"{plan['bits_per_weight']:.2f} bits a weight"
         print(f"\nplan    {bits}: {counts} (plans made: {plan['attempts']})")
+    if learned := report["recovery"]:
+        print(f"\nlearned {recovery_line(learned)}")
     print(f"\nbundle  {args.output}\nreport  {Path(args.output) / 'report.html'}")
     return report

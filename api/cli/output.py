@@ -22,6 +22,12 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return columns_of_text([heads, *cells])
 
 
+def recovery_line(learned: Mapping[str, Any]) -> str:
+    """What a recovery did, from its entry in the report."""
+    found = f"{learned['before']:.4f} -> {learned['after']:.4f} nats a token from the teacher"
+    return f"{found}, {learned['steps']} steps, {learned['minutes']:.1f} minutes"
+
+
 def columns_of_text(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells under a heading line; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from gemini.cli.output import recovery_line
+
 HELP = "Cut layers, attention heads, feed-forward width or unused tokens of a checkpoint, and measure it."
 EXAMPLE = "gemini-edge prune smollm2-135m --width 0.25 --output smollm2-narrow"
 
@@ -45,6 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not let the heads and units that stay make up for the others",
     )
+    parser.add_argument(
+        "--recover",
+        metavar="MINUTES",
+        type=float,
+        help="let the smaller generator learn from what it was for so long, on the text of --calibration or "
+        "on what that one writes; a run that was cut off goes on when started again",
+    )
+    parser.add_argument(
+        "--adapters",
+        choices=("lora", "qlora"),
+        help="learn low-rank adapters, which take less memory than all weights; qlora has the weights in NF4 "
+        "meanwhile",
+    )
     parser.add_argument("--task", metavar="TASK", help="the task, where the checkpoint does not say it")
     parser.add_argument(
         "--eval-text", metavar="FILE", help="text to measure accuracy on, instead of the built-in one"
@@ -71,8 +86,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         task=args.task,
         calibration=args.calibration,
         eval_text=args.eval_text,
+        recover=args.recover,
+        adapters=args.adapters,
         force=args.force,
     )
     print(summary(report))
+    if learned := report["recovery"]:
+        print(f"recovery    {recovery_line(learned)}")
     print(f"\ncheckpoint  {args.output}\nnext        gemini-edge compress {args.output} --output BUNDLE")
     return report
