@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +21,9 @@ class GenerationOptions:
     ``max_new_tokens=None`` means 128, or fewer where the context ends earlier. ``temperature=0`` means
     greedy. ``seed=None`` draws fresh randomness; row i of a batch uses ``seed + i``, so it equals a single
     run with it. ``num_beams`` above 1 searches with that many beams (`gemini.runtime.beams`) where nothing is
-    sampled and the whole text is asked for; a stream is greedy.
+    sampled and the whole text is asked for; a stream is greedy. ``json_schema`` (its text) or ``regex``: what
+    the whole answer has to be (`gemini.runtime.constrain`); one that ``max_new_tokens`` cuts is only a
+    beginning of it.
     """
 
     max_new_tokens: int | None = None
@@ -36,6 +39,8 @@ class GenerationOptions:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
+    json_schema: str | None = None
+    regex: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
@@ -55,6 +60,14 @@ class GenerationOptions:
             raise RequestError(f"early_stopping is {self.early_stopping!r}.", "Use True or False.")
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise RequestError("A stop string is empty or not a text.", "Give a tuple of non-empty texts.")
+        for name in ("json_schema", "regex"):
+            text = getattr(self, name)
+            if text is not None and (not isinstance(text, str) or not text.strip()):
+                raise RequestError(f"{name} is empty or not a text.", f"Give a valid {name}.")
+        if self.json_schema is not None and self.regex is not None:
+            raise RequestError("There are a JSON schema and a regular expression.", "Give one of them.")
+        if self.constrained and self.ignore_eos:
+            raise RequestError("A constrained answer has an end.", "Leave ignore_eos out.")
 
     @property
     def greedy(self) -> bool:
@@ -64,6 +77,11 @@ class GenerationOptions:
     def searches(self) -> bool:
         """Whether several beams are followed."""
         return self.greedy and self.num_beams > 1
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar says what may be written."""
+        return self.json_schema is not None or self.regex is not None
 
 
 class OptionArgs(TypedDict, total=False):
@@ -82,6 +100,8 @@ class OptionArgs(TypedDict, total=False):
     num_beams: int | None
     length_penalty: float | None
     early_stopping: bool | None
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
 
 
 def make_options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationOptions:
@@ -102,6 +122,11 @@ def make_options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Gener
     if "stop" in chosen:
         stop = chosen["stop"]
         chosen["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if isinstance(schema := chosen.get("json_schema"), Mapping):
+        try:
+            chosen["json_schema"] = json.dumps(dict(schema))
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"json_schema is no JSON ({error}).", "Give a valid json_schema.") from error
     usable = {name: value for name, value in defaults.items() if name in known and value is not None}
     return GenerationOptions(**{**usable, **chosen})
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import onnxruntime as ort
@@ -22,9 +22,10 @@ from gemini.errors import RequestError
 from gemini.runtime import kv
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.checks import check_encoder, check_graph, checked_rows, cross_names
+from gemini.runtime.constrain import Constrained, Grammar, read_vocabulary
 from gemini.runtime.decoder import Decoder, LiveDecoders
 from gemini.runtime.fields import damaged
-from gemini.runtime.generate import OnToken, generate_tokens, new_token_limit
+from gemini.runtime.generate import Inference, OnToken, generate_tokens, new_token_limit
 from gemini.runtime.options import GenerationOptions, OptionArgs, make_options
 from gemini.runtime.schema import EncoderDecoderModel
 from gemini.runtime.scoring import all_logits, split_window
@@ -32,6 +33,9 @@ from gemini.runtime.session import Graph, require, run_bound, run_graph
 from gemini.runtime.tokenizer import TextTokenizer
 from gemini.runtime.transcript import Generation, Transcript, pieces
 from gemini.runtime.vision import Preprocessing, parse_preprocessing, preprocess_images
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 TEXT = "text2text-generation"  # the task whose prefix a prompt gets
 CAPTION_BEAMS = 4  # names are short, and what begins likely is often not what is likely
@@ -105,8 +109,8 @@ class Seq2SeqGenerator:
         chosen = self._options(options)
         prompts = self._starts(1)
         limit = new_token_limit(prompts, chosen, self.model.decoder.context_length)
-        decoder = self.decoder(self.encode(sources, pixels), limit)
-        return pieces(decoder, prompts, self.tokenizer, chosen, self.eos, limit)
+        inference = self._constrained(self.decoder(self.encode(sources, pixels), limit), chosen)
+        return pieces(inference, prompts, self.tokenizer, chosen, self.eos, limit)
 
     def generate_ids(
         self,
@@ -207,8 +211,16 @@ class Seq2SeqGenerator:
                 name: kv.to_device(np.repeat(value.numpy(), options.num_beams, axis=0), self.device)
                 for name, value in encoded.items()
             }
-        decoder = self.decoder(encoded, limit)
-        return generate_tokens(decoder, prompts, options, self.eos, limit, on_token)
+        inference = self._constrained(self.decoder(encoded, limit), options)
+        return generate_tokens(inference, prompts, options, self.eos, limit, on_token)
+
+    def _constrained(self, decoder: Decoder, options: GenerationOptions) -> Inference:
+        """The batch behind the grammar that the options ask for."""
+        return Constrained(decoder, Grammar(self._vocabulary, options)) if options.constrained else decoder
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        return read_vocabulary(self.tokenizer, self.model.decoder.vocab_size, self.eos)
 
     def _starts(self, count: int) -> list[list[int]]:
         return [list(self.bundle.manifest.generation.decoder_start_ids) for _ in range(count)]

@@ -19,10 +19,11 @@ from gemini.errors import RequestError
 from gemini.runtime import chat as chats
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.checks import check_graph, checked_rows
+from gemini.runtime.constrain import Constrained, Grammar, read_vocabulary
 from gemini.runtime.decoder import Decoder, LiveDecoders
 from gemini.runtime.draft_model import ModelDrafter
 from gemini.runtime.fields import damaged
-from gemini.runtime.generate import OnToken, generate_tokens, new_token_limit
+from gemini.runtime.generate import Inference, OnToken, generate_tokens, new_token_limit
 from gemini.runtime.lookup import LookupDrafter
 from gemini.runtime.options import GenerationOptions, OptionArgs, make_options
 from gemini.runtime.pace import StepCosts
@@ -35,6 +36,7 @@ from gemini.runtime.transcript import Generation, Transcript, pieces
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from llguidance import LLTokenizer
 
 Prompt = str | Sequence[str] | chats.Messages
 Speculate: TypeAlias = "Literal['lookup'] | TextGenerator | None"
@@ -105,7 +107,8 @@ class TextGenerator:
         checked_rows(prompts, self.model)
         limit = new_token_limit(prompts, chosen, self.model.context_length)
         speculator = self.speculator(speculate, prompts, chosen)
-        return pieces(self.decoder(limit), prompts, self.tokenizer, chosen, self.eos, limit, speculator)
+        inference = self._inference(chosen, limit)
+        return pieces(inference, prompts, self.tokenizer, chosen, self.eos, limit, speculator)
 
     def generate_ids(
         self,
@@ -189,8 +192,8 @@ class TextGenerator:
         checked_rows(prompts, self.model)
         limit = new_token_limit(prompts, options, self.model.context_length)
         if self.model.cache == "shared" or len({len(prompt) for prompt in prompts}) == 1:
-            decoder = self.decoder(limit)
-            return generate_tokens(decoder, prompts, options, self.eos, limit, on_token, speculator)
+            inference = self._inference(options, limit)
+            return generate_tokens(inference, prompts, options, self.eos, limit, on_token, speculator)
         rows, reasons = [], []
         for row, prompt in enumerate(prompts):  # a concatenated cache has one length for all rows
             seeded = options if options.seed is None else replace(options, seed=options.seed + row)
@@ -198,7 +201,8 @@ class TextGenerator:
             def forward(_: int, token: int, row: int = row) -> bool | None:
                 return on_token(row, token) if on_token is not None else None
 
-            tokens, reason = generate_tokens(self.decoder(limit), [prompt], seeded, self.eos, limit, forward)
+            inference = self._inference(seeded, limit)
+            tokens, reason = generate_tokens(inference, [prompt], seeded, self.eos, limit, forward)
             rows += tokens
             reasons += reason
         return rows, reasons
@@ -213,6 +217,15 @@ class TextGenerator:
             raise RequestError(
                 "The draft model has another vocabulary.", "Give a smaller model of the same tokenizer."
             )
+
+    def _inference(self, options: GenerationOptions, new_tokens: int) -> Inference:
+        """A fresh batch, behind the grammar that the options ask for."""
+        decoder = self.decoder(new_tokens)
+        return Constrained(decoder, Grammar(self._vocabulary, options)) if options.constrained else decoder
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        return read_vocabulary(self.tokenizer, self.model.vocab_size, self.eos)
 
     def _options(self, given: OptionArgs | Mapping[str, Any]) -> GenerationOptions:
         return make_options(self.bundle.manifest.generation.defaults, given)

@@ -1,6 +1,7 @@
 """Text that arrives through arguments and standard input."""
 
 import sys
+from pathlib import Path
 
 from gemini.errors import UsageError
 
@@ -33,4 +34,17 @@ def checked_text(text: str, option: str) -> str:
         raise UsageError(f"The text given to {option} is empty.", "Give it at least one word.")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError(f"The text given to {option} is not in this locale's encoding.", "Use UTF-8.")
+    return text
+
+
+def read_text(path: str) -> str:
+    """The text of a file, at most 16 MiB of UTF-8. UsageError when it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_STDIN_BYTES + 1)
+        text = data.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as a text ({error}).", "Give a UTF-8 file.") from error
+    if len(data) > MAX_STDIN_BYTES:
+        raise UsageError(f"{path} holds more than 16 MiB.", "Give a shorter file.")
     return text

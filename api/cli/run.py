@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from gemini.cli.inputs import checked_text, read_stdin
+from gemini.cli.inputs import checked_text, read_stdin, read_text
 from gemini.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="follow so many beginnings at once and print the likeliest text (default: 4 to say what is "
         "in an image, else 1)",
+    )
+    generation.add_argument(
+        "--json-schema", metavar="FILE", help="write a document of this JSON schema and nothing else"
+    )
+    generation.add_argument(
+        "--regex", metavar="PATTERN", help="write what this regular expression matches and nothing else"
     )
     generation.add_argument("--seed", metavar="N", type=int, help="makes sampling repeatable")
     generation.add_argument(
@@ -148,6 +154,8 @@ def _options(args: argparse.Namespace) -> OptionArgs:
         "seed": args.seed,
         "num_beams": args.num_beams,
         "stop": args.stop,
+        "json_schema": read_text(args.json_schema) if args.json_schema is not None else None,
+        "regex": args.regex,
     }
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,24 @@ def test_run_reads_standard_input_and_imports_neither_torch_nor_onnx(toys: dict[
     assert done.returncode == 0, done.stderr
     assert done.stderr == "[]\n"
     assert json.loads(done.stdout.splitlines()[-1])["prompt"] == "the wind is cold"
+
+
+def test_run_writes_what_a_schema_or_an_expression_accepts(toys: dict[str, Path], tmp_path, capsys) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}')
+    arguments = ["run", str(toys["shared"]), "--prompt", "the sea"]
+    generation = result_of(capsys, *arguments, "--json-schema", str(schema))["generation"]
+    answer = json.loads(generation["text"])
+    assert len(answer) == 2 and all(isinstance(item, bool) for item in answer)
+    assert main([*arguments, "--regex", "[a-d]{3}"]) == 0
+    assert re.fullmatch("[a-d]{3}\n", capsys.readouterr().out)
+    for wrong, message in (
+        (["--json-schema", str(tmp_path / "none.json")], "cannot be read as a text"),
+        (["--regex", "("], "unclosed group"),
+        (["--regex", "a", "--json-schema", str(schema)], "Give one of them"),
+    ):
+        assert main([*arguments, *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_run_embeds_one_line_of_numbers_a_text(toys: dict[str, Path], capsys) -> None:
