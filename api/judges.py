@@ -30,9 +30,13 @@ SENTENCES = 300
 
 
 class Judge(Protocol):
-    """metric: the key that ``--max-drop`` looks at; reference: the fp32 model's own score."""
+    """metric: the key that ``--max-drop`` looks at; reference: the fp32 model's own score.
+
+    ``checkpoint`` is what ``score_torch`` scores: the fp32 model, until one that was cut from it is put there.
+    """
 
     metric: str
+    checkpoint: Checkpoint
     reference: Score
 
     def score_torch(self) -> Score: ...

@@ -60,6 +60,7 @@ def compress_model(
     recover: float | None = None,
     teacher: str | None = None,
     codes: bool = True,
+    reference: str | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def compress_model(
     recover: minutes in which the quantized model learns from the unquantized one, or from ``teacher``, a
     model with the same vocabulary. A run that is cut off goes on when it is started again. ``codes``:
     those of 4-bit weights learn too, beside scales and norms.
+    reference: the checkpoint that fp32 means, where ``source`` was cut from it.
     """
     output = Path(output)
     stages = Stages(progress)
@@ -94,9 +96,12 @@ def compress_model(
         with stages("text to recover on"):
             recovery = prepare_recovery(checkpoint, output, recover, teacher, given, progress, codes)
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch, staging(output) as folder:
-        fp32_bytes = stored_bytes(checkpoint)
         with stages("measure fp32"):
-            judge = make_judge(checkpoint, evaluation, Path(scratch))
+            whole = load_checkpoint(reference, task) if reference else checkpoint
+            fp32_bytes = stored_bytes(whole)
+            judge = make_judge(whole, evaluation, Path(scratch))
+            judge.checkpoint = checkpoint
+            del whole
         windows: Sequence[Any] = ()
         described: dict[str, Any] = {}
         if planned or _looks_at_activations(chosen):

@@ -111,13 +111,18 @@ def prune_checkpoint(
             if texts:
                 made, cut = _cut_vocabulary(made, texts, staged)
                 cuts.append(cut)
-            after = make_judge(load_checkpoint(str(staged), checkpoint.task), evaluation, Path(scratch))
+            smaller = load_checkpoint(str(staged), checkpoint.task)
+            if texts and "decoder" in smaller.family:  # ids mean other tokens: no distribution to compare
+                after = make_judge(smaller, evaluation, Path(scratch)).reference
+            else:
+                before.checkpoint = smaller
+                after = before.score_torch()
             report = {
                 "name": checkpoint.name,
                 "task": checkpoint.task,
                 "metric": before.metric,
                 "before": {"parameters": parameters(checkpoint), **before.reference},
-                "after": {"parameters": parameters(made), **after.reference},
+                "after": {"parameters": parameters(made), **after},
                 "cuts": cuts,
                 "recovery": learned,
                 "evaluation": before.data(),
