@@ -32,7 +32,7 @@ SENTENCES = 300
 class Judge(Protocol):
     """metric: the key that ``--max-drop`` looks at; reference: the fp32 model's own score.
 
-    ``checkpoint`` is what ``score_torch`` scores: the fp32 model, until one that was cut from it is put there.
+    checkpoint: what ``score_torch`` scores: the fp32 model, until one that was cut from it is put there.
     """
 
     metric: str

@@ -1,4 +1,4 @@
-"""The report's plots as PNG: size and accuracy against fp32, latency distribution, bytes by component."""
+"""The report's plots as PNG: size and accuracy against fp32, times, bytes by component, a search's trials."""
 
 import io
 from collections.abc import Mapping
@@ -38,6 +38,7 @@ def draw_plots(report: Mapping[str, Any], theme: Theme = LIGHT) -> dict[str, byt
         "size_accuracy.png": _size_accuracy(report, theme),
         "latency.png": _latency(report.get("latency") or {}, theme),
         "bytes.png": _bytes(report.get("bytes") or {}, theme),
+        "pareto.png": _pareto(report.get("search") or {}, theme),
     }
     return {name: to_png(figure) for name, figure in drawn.items() if figure is not None}
 
@@ -176,4 +177,49 @@ def _bytes(components: Mapping[str, Any], theme: Theme) -> "Figure | None":
     texts = [f"{format_number(round(size / 1e6, 2))} MB  ({100 * size / total:.1f} %)" for _, size in items]
     labels = [name.replace("_", " ") for name, _ in items]
     draw_bars(axis, theme, "Bytes by component", labels, [size / 1e6 for _, size in items], texts, -1)
+    return figure
+
+
+def _pareto(search: Mapping[str, Any], theme: Theme) -> "Figure | None":
+    """Loss over time, a marker a trial with its size as the area; the front, the winner and the limits.
+
+    The line joins what nothing beats in time and loss; a filled marker off it is on the front for its size.
+    """
+    rows = [row for row in search.get("rows") or [] if row["latency_ms"] is not None]
+    if not rows:
+        return None
+    from matplotlib.ticker import FuncFormatter
+
+    figure, (axis,) = _figure(theme, 4.6)
+    largest = max(row["size_mb"] for row in rows)
+    for row in rows:
+        face = theme.accent if row["winner"] else theme.neutral if row["front"] else "none"
+        edge = theme.accent if row["winner"] else theme.muted if row["front"] else theme.neutral
+        axis.scatter(
+            row["latency_ms"], row["loss_percent"], s=40 + 460 * row["size_mb"] / largest,
+            facecolors=face, edgecolors=edge, linewidths=1.2, zorder=3,
+        )  # fmt: skip
+        if row["front"] or row["winner"]:
+            axis.annotate(
+                f"{row['trial']}\n{format_value('size_mb', row['size_mb'])} MB",
+                (row["latency_ms"], row["loss_percent"]), xytext=(11, 4), textcoords="offset points",
+                color=theme.text, fontsize=8.5, zorder=4,
+            )  # fmt: skip
+    line: list[tuple[float, float]] = []
+    for time, loss in sorted((row["latency_ms"], row["loss_percent"]) for row in rows if row["front"]):
+        if not line or loss < line[-1][1]:
+            line.append((time, loss))
+    axis.plot(*zip(*line, strict=True), color=theme.muted, linewidth=1.2, zorder=2)
+    limits = search.get("limits") or {}
+    if limits.get("latency_ms") is not None:
+        axis.axvline(limits["latency_ms"], color=theme.accent, linewidth=1, dashes=(4, 3), zorder=1)
+    if limits.get("loss_percent") is not None:
+        axis.axhline(limits["loss_percent"], color=theme.accent, linewidth=1, dashes=(4, 3), zorder=1)
+    axis.set_yscale("symlog", linthresh=10)  # pruning can cost hundreds of percent
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    axis.margins(x=0.2, y=0.18)
+    axis.grid(color=theme.grid, linewidth=0.8, zorder=0)
+    axis.set_xlabel(f"ms for {search['time_of']}", color=theme.muted, fontsize=9)
+    title = f"{metric_label(search['metric'])}: loss against fp32 over time; area: size; dashed: limits"
+    axis.set_title(title, loc="left", color=theme.muted, fontsize=10, pad=8)
     return figure

@@ -29,6 +29,7 @@ ALTERNATIVES = {
     "size_accuracy.png": "Bars: size and accuracy of fp32, round-to-nearest and this bundle",
     "latency.png": "Histogram of the measured times with median and tail",
     "bytes.png": "Bars: bytes by component",
+    "pareto.png": "Points: loss and time of every trial of the search, the Pareto front as a line",
 }
 
 
@@ -95,8 +96,8 @@ def page_facts(report: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows, from the report's keys.
 
     name, task, recipe, table [{name, size_mb, metrics}], metric, drop_percent, max_drop, gate, passes,
-    recovery, verification, latency, bytes, data, host, seconds {stage: s}, peak_rss_mb, provenance. All
-    optional.
+    recovery, verification, latency, bytes, data, host, seconds {stage: s}, peak_rss_mb, provenance, search.
+    All optional.
     """
     table = list(report.get("table") or [])
     columns = table_columns(table)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Candidate:
-    """One compressed model: milliseconds, percent of the fp32 metric lost (negative: gained), bytes on disk."""
+    """A compressed model: milliseconds, percent of the fp32 metric lost (negative: gained), bytes on disk."""
 
     name: str
     latency_ms: float

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gemini.cli.output import recovery_line, results_table
+from gemini.cli.output import columns_of_text, recovery_line, results_table
+from gemini.errors import UsageError
 
 HELP = "Compress a checkpoint into a bundle, with the accuracy it lost and the report that shows it."
 EXAMPLE = "gemini-edge compress smollm2-135m --recipe int4 --output bundles/smollm2 --max-drop 20"
@@ -81,10 +82,86 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bytes a weight, or scales alone (default: codes)",
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle that already lies at DIR")
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--search",
+        action="store_true",
+        help="try recipes beside shares of pruning and keep the best within --max-drop (the fastest), "
+        "--max-latency (the most accurate) or both (the smallest); trials, table and plot lie in DIR.search, "
+        "where the next search finds them; the exit code is 3 if no trial keeps to the limits",
+    )
+    search.add_argument(
+        "--max-latency",
+        metavar="MS",
+        type=float,
+        help="median milliseconds that a token after the first may take, or, of models that do not "
+        "generate, a call with one text of 128 tokens or one picture",
+    )
+    search.add_argument(
+        "--time-limit", metavar="MINUTES", type=float, help="start no further trial after that (default: 60)"
+    )
+    search.add_argument(
+        "--prune-ratios",
+        metavar="SHARES",
+        help="shares of the feed-forward units to prune (default: 0,0.1,0.2)",
+    )
+    search.add_argument("--recipes", metavar="RECIPES", help="recipes to try (default: int8,int4,int4-fast)")
+    search.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="local",
+        help="run trials side by side through Ray Tune, on this machine, or on the cluster at ADDRESS, "
+        "whose machines must see MODEL and DIR under the same paths",
+    )
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> str | None:
+    """The first of these options that was given, as it is written."""
+    return next((f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None), None)
+
+
+def _search(args: argparse.Namespace) -> dict[str, Any]:
+    from gemini.search import MINUTES, RATIOS, RECIPES, search_recipes
+    from gemini.search_report import table
+
+    if other := _given(args, ("recipe", "target_size", "target_bpw")):
+        raise UsageError(f"{other} says what to make, --search looks for it.", "Leave one of them out.")
+    if other := _given(args, ("recover", "teacher")):
+        raise UsageError(
+            f"{other} is not part of a search.", "Leave it out, then compress again with the winner's recipe and it."
+        )
+    try:
+        ratios = [float(each) for each in args.prune_ratios.split(",")] if args.prune_ratios else RATIOS
+    except ValueError:
+        raise UsageError(
+            f"--prune-ratios {args.prune_ratios} are no numbers.", "Write them as 0,0.1,0.2."
+        ) from None
+    results = search_recipes(
+        args.model,
+        args.output,
+        max_latency=args.max_latency,
+        max_drop=args.max_drop,
+        time_limit=MINUTES if args.time_limit is None else args.time_limit,
+        ratios=ratios,
+        recipes=args.recipes.split(",") if args.recipes else RECIPES,
+        ray=args.ray,
+        task=args.task,
+        eval_text=args.eval_text,
+        calibration=args.calibration,
+        force=args.force,
+    )
+    print(columns_of_text(table(results)))
+    print(f"\nms: for {results['time_of']}\nbundle  {results['bundle']}\nsearch  {results['folder']}")
+    return results
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the pipeline; returns its report."""
+    """Run the pipeline, or a search over it; returns the report."""
+    if args.search:
+        return _search(args)
+    if alone := _given(args, ("max_latency", "time_limit", "prune_ratios", "recipes", "ray")):
+        raise UsageError(f"{alone} belongs to --search.", "Add --search, or leave it out.")
     from gemini.pipeline import compress_model
 
     report: dict[str, Any] = compress_model(
