@@ -91,6 +91,7 @@ def test_an_image_classifier_is_pruned_on_pictures(tmp_path):
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(table))
     report = prune_checkpoint(str(tmp_path / "vit"), tmp_path / "small", width=0.5, progress=False)
     assert report["cuts"][0]["config"] == {"intermediate_size": 32}
+    assert report["before"]["logit_difference"] == 0 < report["after"]["logit_difference"]
 
 
 def test_nothing_to_cut_is_refused(llama, tmp_path):

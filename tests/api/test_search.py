@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import gemini
 from gemini import search as module
-from gemini.benchmarks.text import default_text, split_sentences
 from gemini.cli import main
 from gemini.errors import CheckpointError, GateError, UsageError
 from gemini.runtime import load
 from gemini.runtime.bundle import read_bundle
 from gemini.search import search_recipes
 
-COMMAND = ["--prune-ratios", "0,0.5", "--recipes", "nf4,fp32"]  # neither is calibrated
+COMMAND = ["--prune-ratios", "0,0.5", "--recipes", "nf4"]  # without calibration
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def llama(gemini_folder, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def searched(llama, tmp_path_factory) -> Path:
-    """The bundle of a search over two recipes and two ratios, all of them made."""
+    """The bundle of a search over two ratios."""
     output = tmp_path_factory.mktemp("searched") / "bundle"
     assert main(["compress", llama, "--output", str(output), "--search", "--max-drop", "1e4", *COMMAND]) == 0
     return output
@@ -47,7 +46,7 @@ def results_of(output: Path) -> dict:
 
 def test_the_winner_is_a_bundle_that_names_the_search(searched):
     results = results_of(searched)
-    names = ["fp32", "nf4", "fp32, 50 % pruned", "nf4, 50 % pruned"]
+    names = ["nf4", "nf4, 50 % pruned"]
     assert [row["trial"] for row in results["rows"]] == names
     assert {row["state"] for row in results["rows"]} == {"measured"}
     (winner,) = (row for row in results["rows"] if row["winner"])
@@ -84,7 +83,7 @@ def test_a_second_search_makes_no_trial_twice_and_other_limits_pick_another(sear
     monkeypatch.setattr(module, "compress_model", lambda *_, **__: pytest.fail("a trial was made again"))
     monkeypatch.setattr(module, "prune_checkpoint", lambda *_, **__: pytest.fail("pruned again"))
     before = (searched / "manifest.json").read_bytes()
-    options = {"ratios": (0, 0.5), "recipes": ("fp32", "nf4"), "progress": False}
+    options = {"ratios": (0, 0.5), "recipes": ("nf4",), "progress": False}
     results = search_recipes(llama, searched, max_latency=1e4, force=True, **options)
     assert {row["state"] for row in results["rows"]} == {"reused"}
     front = [row for row in results["rows"] if row["front"]]
@@ -176,7 +175,7 @@ def copied_trials(monkeypatch, searched):
 
     def copy(_source, bundle, recipe, **_):
         made.append(recipe)
-        (trial,) = (searched.parent / "bundle.search" / "trials").glob(f"{recipe}-0-*")
+        (trial,) = (searched.parent / "bundle.search" / "trials").glob("nf4-0-*")
         shutil.copytree(trial, bundle)
 
     monkeypatch.setattr(module, "compress_model", copy)
@@ -220,27 +219,16 @@ def test_ctrl_c_keeps_finished_trials_and_leaves_nothing_half_written(
     assert main(arguments) == 0 and made == ["fp32", "nf4"] and not left.exists()
 
 
-def test_an_encoder_is_timed_by_the_call_and_judged_by_what_it_was_cut_from(tmp_path):
-    torch.manual_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=len(words), initializer_range=0.5, **sizes)).save_pretrained(
-        tmp_path / "bert"
-    )
-    (tmp_path / "text").write_text(" ".join(split_sentences(default_text().evaluation)[:12]))
-    options = {"ratios": (0.5,), "recipes": ("fp32",), "task": "feature-extraction", "progress": False}
-    results = search_recipes(
-        str(tmp_path / "bert"), tmp_path / "b", max_drop=90, eval_text=str(tmp_path / "text"), **options
-    )
-    assert results["time_of"] == "a call with one text of 128 tokens"
-    (pruning,) = (tmp_path / "b.search").glob("pruned/*/*/pruning.json")
-    lost = 100 * (1 - json.loads(pruning.read_text())["after"]["cosine_mean"])
-    assert lost > 1e-3  # not compared with itself
-    # the graph in another order of float32 sums
-    assert results["rows"][0]["loss_percent"] == pytest.approx(lost, abs=1e-3)
+def test_the_time_of_models_that_do_not_generate_is_that_of_a_call():
+    shapes = [
+        {"batch": 8, "tokens": 128, "ms": {"p50": 9.0}},
+        {"batch": 1, "tokens": 128, "ms": {"p50": 2.0}},
+    ]
+    latency = {"kind": "batch", "points": shapes}
+    assert module._milliseconds(latency) == 2.0
+    assert module._time_of({"bundles": [{"latency": latency}]}) == "a call with one text of 128 tokens"
+    picture = {"kind": "batch", "points": [{"batch": 1, "tokens": None, "ms": {"p50": 2.0}}]}
+    assert module._time_of({"bundles": [{"latency": picture}]}) == "a call with one picture"
 
 
 @pytest.mark.parametrize(
