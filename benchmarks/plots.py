@@ -190,7 +190,7 @@ def _pareto(search: Mapping[str, Any], theme: Theme) -> "Figure | None":
         return None
     from matplotlib.ticker import FuncFormatter
 
-    figure, (axis,) = _figure(theme, 4.6)
+    figure, (axis,) = new_figure(theme, 4.6)
     largest = max(row["size_mb"] for row in rows)
     for row in rows:
         face = theme.accent if row["winner"] else theme.neutral if row["front"] else "none"
