@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ def side_by_side(address: str, place: Path) -> Iterator[Run]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"No Ray answers at {address} ({error}).", "Check the address.") from error
+    except Exception as error:  # this very class when a node starts too slowly
+        raise UsageError(
+            f"Ray does not start at {address} ({error}).", "Check the address, or leave --ray out."
+        ) from error
 
     def run(work: Callable[[Any], Any], inputs: Sequence[Any]) -> list[Any]:
         def step(config: dict[str, Any]) -> None:
@@ -58,7 +61,9 @@ def side_by_side(address: str, place: Path) -> Iterator[Run]:
             run_config=tune.RunConfig(storage_path=str(place), verbose=0),
         )
         answers: list[Any] = [None] * len(inputs)
-        for result in tuner.fit():
+        with redirect_stdout(sys.stderr):  # where progress belongs
+            results = tuner.fit()
+        for result in results:
             index = result.config["index"]
             answers[index] = result.error if result.error else result.metrics["answer"]
         return answers

@@ -212,13 +212,14 @@ def _pareto(search: Mapping[str, Any], theme: Theme) -> "Figure | None":
     axis.plot(*zip(*line, strict=True), color=theme.muted, linewidth=1.2, zorder=2)
     limits = search.get("limits") or {}
     if limits.get("latency_ms") is not None:
-        axis.axvline(limits["latency_ms"], color=theme.accent, linewidth=1, dashes=(4, 3), zorder=1)
+        axis.axvline(limits["latency_ms"], color=theme.accent, linewidth=1, dashes=(4, 3), zorder=2)
     if limits.get("loss_percent") is not None:
-        axis.axhline(limits["loss_percent"], color=theme.accent, linewidth=1, dashes=(4, 3), zorder=1)
+        axis.axhline(limits["loss_percent"], color=theme.accent, linewidth=1, dashes=(4, 3), zorder=2)
     axis.set_yscale("symlog", linthresh=10)  # pruning can cost hundreds of percent
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axis.margins(x=0.2, y=0.18)
-    axis.grid(color=theme.grid, linewidth=0.8, zorder=0)
+    axis.grid(color=theme.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
     axis.set_xlabel(f"ms for {search['time_of']}", color=theme.muted, fontsize=9)
     title = f"{metric_label(search['metric'])}: loss against fp32 over time; area: size; dashed: limits"
     axis.set_title(title, loc="left", color=theme.muted, fontsize=10, pad=8)
