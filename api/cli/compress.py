@@ -129,7 +129,7 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"{other} says what to make, --search looks for it.", "Leave one of them out.")
     if other := _given(args, ("recover", "teacher")):
         raise UsageError(
-            f"{other} is not part of a search.", "Leave it out, then compress again with the winner's recipe and it."
+            f"{other} is not part of a search.", "Leave it out; recover the winner in a run of its own."
         )
     try:
         ratios = [float(each) for each in args.prune_ratios.split(",")] if args.prune_ratios else RATIOS
