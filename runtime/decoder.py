@@ -20,8 +20,14 @@ from numpy.typing import ArrayLike, NDArray
 from gemini.errors import RequestError
 from gemini.runtime import kv
 from gemini.runtime.checks import DTYPES, LENGTH_INPUTS, checked_row, checked_rows
+from gemini.runtime.prefixes import Prefix, PrefixCache
 from gemini.runtime.schema import DecoderModel
 from gemini.runtime.session import Graph, run_bound
+
+# A longer prompt of one row is read in pieces, so that activations need memory for so many tokens only: as
+# fast as in one call, with a third of the memory (benchmarks/LOG.md). GroupQueryAttention takes several new
+# tokens over a past for one row only, so a batch is read at once.
+CHUNK = 256
 
 
 class Decoder:
@@ -34,8 +40,12 @@ class Decoder:
         new_tokens: int = 0,
         constants: Mapping[str, ort.OrtValue] | None = None,
         suppressed: Sequence[int] = (),
+        prefixes: PrefixCache | None = None,
     ) -> None:
-        """``constants``: further inputs, the same in every call; ``suppressed``: tokens never chosen."""
+        """``constants``: further inputs, the same in every call; ``suppressed``: tokens never chosen.
+
+        ``prefixes``: what a single row begins from, and what is kept of it at its end.
+        """
         self._graph, self._model, self._new_tokens = graph, model, new_tokens
         self.context_length = model.context_length
         self._constants, self._suppressed = dict(constants or {}), list(suppressed)
@@ -46,6 +56,9 @@ class Decoder:
         self._several = np.zeros((0, model.vocab_size), np.float32)  # logits of the widest call so far
         self._capacity = 0
         self._lengths = np.zeros(0, np.int32)
+        self._prefixes = prefixes if model.cache == "shared" else None
+        self._tokens = np.zeros(0, np.int64)  # of the only row, where prefixes are kept
+        self._whole = False  # whether the cache holds what the lengths say: a call may have failed
 
     def prefill(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Start a batch from prompts of any lengths; returns the last token's logits (B, V) of each row.
@@ -67,12 +80,28 @@ class Decoder:
             self._start(len(rows), width)
         except MemoryError as error:
             raise kv.too_large(len(rows), width + self._new_tokens) from error
+        if len(rows) == 1 and self._model.cache == "shared":
+            return self._prefill_row(rows[0])
         self._lengths = lengths
         self._arrays["seqlens_k"][:] = lengths - 1
         self._arrays["total_sequence_length"][...] = width
         self._arrays["logit_positions"][:, 0] = lengths - 1
         self._binding.bind_ortvalue_input("input_ids", kv.to_device(padded, self._graph.device))
         logits = self._run()
+        self._arrays["logit_positions"][:] = 0
+        self._binding.bind_ortvalue_input("input_ids", self._feeds["input_ids"])
+        return logits
+
+    def _prefill_row(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Prefill of one row, from what is known of it, CHUNK tokens a call."""
+        done = self._begin_from_prefix(row)
+        self._lengths = np.array([done], np.int32)
+        for start in range(done, row.size, CHUNK):
+            chunk = row[start : start + CHUNK]
+            self._advance(chunk)
+            self._arrays["logit_positions"][:] = chunk.size - 1
+            self._binding.bind_ortvalue_input("input_ids", kv.to_device(chunk[None], self._graph.device))
+            logits = self._run()
         self._arrays["logit_positions"][:] = 0
         self._binding.bind_ortvalue_input("input_ids", self._feeds["input_ids"])
         return logits
@@ -85,7 +114,7 @@ class Decoder:
                 f"A step got {chosen.size} tokens for {self._lengths.size} rows.",
                 "Prefill, then one token a row.",
             )
-        self._advance(1)
+        self._advance(chosen)
         self._arrays["input_ids"][:, 0] = chosen
         return self._run(step=True)
 
@@ -101,7 +130,7 @@ class Decoder:
             raise RequestError(
                 f"Several tokens were to follow {self._lengths.size} rows.", "Prefill a single prompt."
             )
-        self._advance(chosen.size)
+        self._advance(chosen)
         if len(self._several) < chosen.size:
             self._several = np.zeros((chosen.size, self._model.vocab_size), np.float32)
         logits = self._several[: chosen.size]
@@ -160,6 +189,7 @@ class Decoder:
 
     def close(self) -> None:
         """Free all buffers; a new prefill allocates them again."""
+        self._keep_prefix()
         self._values, self._arrays, self._feeds, self._capacity = [], {}, {}, 0
         self._lengths, self._several = np.zeros(0, np.int32), self._several[:0].copy()
         if hasattr(self, "_binding"):
@@ -201,8 +231,9 @@ class Decoder:
             else:
                 self._binding.bind_output(present, self._graph.device, 0)
 
-    def _advance(self, count: int) -> None:
-        """Make room for ``count`` more tokens a row and say so to the graph."""
+    def _advance(self, tokens: NDArray[np.int64]) -> None:
+        """Make room for one more token a row, or for several of the only row, and say so to the graph."""
+        count = tokens.size // self._lengths.size
         total = int(self._lengths.max()) + count
         if total > self._model.context_length:
             raise RequestError(
@@ -212,7 +243,33 @@ class Decoder:
             self._grow(total)
         self._arrays["seqlens_k"][:] = self._lengths + (count - 1)
         self._arrays["total_sequence_length"][...] = total
+        if self._prefixes is not None and self._lengths.size == 1:
+            self._tokens = np.concatenate([self._tokens[: self._lengths[0]], tokens])
         self._lengths = self._lengths + count
+
+    def _begin_from_prefix(self, row: NDArray[np.int64]) -> int:
+        """Put the cache of the longest known beginning in place; returns how many tokens that are.
+
+        The last token is always computed: its logits are wanted.
+        """
+        self._tokens = row[:0]
+        found = None if self._prefixes is None else self._prefixes.longest(row[:-1])
+        if found is None:
+            return 0
+        count, prefix = found
+        for value, known in zip(self._values, prefix.values, strict=True):
+            whole = np.zeros(value.shape(), known.dtype)
+            whole[0, :, :count] = known[:, :count]
+            value.update_inplace(whole)
+        self._tokens = row[:count]
+        return count
+
+    def _keep_prefix(self) -> None:
+        if self._prefixes is None or self._lengths.size != 1 or not self._values or not self._whole:
+            return
+        size = int(self._lengths[0])
+        values = tuple(np.ascontiguousarray(value.numpy()[0, :, :size]) for value in self._values)
+        self._prefixes.keep(Prefix(self._tokens[:size].copy(), values))
 
     def _grow(self, total: int) -> None:
         capacity = kv.round_up(total, self._model.context_length)
@@ -227,7 +284,9 @@ class Decoder:
         if self._graph.device != "cpu":
             # Binding is what copies a host input to the device, so a changed array must be bound again.
             self._bind_step_inputs(("logit_positions", *LENGTH_INPUTS, *(("input_ids",) if step else ())))
+        self._whole = False
         run_bound(self._graph, self._binding)
+        self._whole = True
         if self._graph.device != "cpu":
             self._binding.synchronize_outputs()
         if self._model.cache == "concat":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack
 
 import numpy as np
@@ -17,8 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from gemini.errors import RequestError
 from gemini.runtime import chat as chats
+from gemini.runtime import prefixes
 from gemini.runtime.bundle import Bundle
-from gemini.runtime.checks import check_graph, checked_rows
+from gemini.runtime.checks import DTYPES, check_graph, checked_rows
 from gemini.runtime.constrain import Constrained, Grammar, read_vocabulary
 from gemini.runtime.decoder import Decoder, LiveDecoders
 from gemini.runtime.draft_model import ModelDrafter
@@ -27,6 +29,7 @@ from gemini.runtime.generate import Inference, OnToken, generate_tokens, new_tok
 from gemini.runtime.lookup import LookupDrafter
 from gemini.runtime.options import GenerationOptions, OptionArgs, make_options
 from gemini.runtime.pace import StepCosts
+from gemini.runtime.prefixes import PrefixCache
 from gemini.runtime.schema import DecoderModel
 from gemini.runtime.scoring import all_logits
 from gemini.runtime.session import Graph
@@ -59,6 +62,7 @@ class TextGenerator:
         except RequestError as error:
             raise damaged(f"a generation default is impossible: {error.cause}") from error
         self._live, self._costs = LiveDecoders(), StepCosts()
+        self._prefixes: PrefixCache | None = None
         self._benchmark: Decoder | None = None
 
     def generate(
@@ -152,7 +156,7 @@ class TextGenerator:
 
     def decoder(self, new_tokens: int = 0) -> Decoder:
         """A fresh batch over this session, with a cache planned for ``new_tokens`` after the prompt."""
-        decoder = Decoder(self.graph, self.model, new_tokens)
+        decoder = Decoder(self.graph, self.model, new_tokens, prefixes=self._prefixes)
         self._live.add(decoder)
         return decoder
 
@@ -169,13 +173,37 @@ class TextGenerator:
             raise RequestError("A step came before any prefill.", "Call prefill first.")
         return self._benchmark.step(tokens)
 
+    def keep_prefixes(self, max_bytes: int) -> None:
+        """Keep the caches of finished single prompts from now on, up to so many bytes; 0 forgets them all.
+
+        A prompt that begins like one before, its answer included, is then computed from there on. Needs a
+        bundle with a shared cache (`gemini.runtime.prefixes`).
+        """
+        kept = PrefixCache(max_bytes)
+        if max_bytes and self.model.cache != "shared":
+            raise RequestError("This bundle's cache cannot be begun from a prefix.", "Leave it out.")
+        for prefix in self._prefixes.held() if self._prefixes is not None else ():
+            kept.keep(prefix)
+        self._prefixes = kept if max_bytes else None
+
+    def save_prefixes(self, path: str | Path) -> None:
+        """Write all kept prefixes to a file for :meth:`restore_prefixes`, whole or not at all."""
+        prefixes.save(path, self._kept.held(), self.bundle.manifest.digest)
+
+    def restore_prefixes(self, path: str | Path) -> None:
+        """Keep the prefixes of a file too. BundleError if it is damaged or of another bundle."""
+        kept, dtype = self._kept, DTYPES[self.graph.inputs["past.0.key"][0]]
+        for prefix in prefixes.read(path, self.bundle.manifest.digest, self.model, dtype):
+            kept.keep(prefix)
+
     def render_chat(self, messages: chats.Messages, add_generation_prompt: bool = True) -> str:
         """The prompt text of a conversation, by the bundle's chat template."""
         return chats.render_chat(self._template, messages, self._special_tokens, add_generation_prompt)
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "weights" on disk, and "kv_cache" and "buffers" of all batches in flight."""
-        return {"weights": self.bundle.weight_bytes, **self._live.memory()}
+        """Bytes: "weights" on disk, "kv_cache" and "buffers" of all batches in flight, kept "prefixes"."""
+        kept = 0 if self._prefixes is None else self._prefixes.nbytes
+        return {"weights": self.bundle.weight_bytes, **self._live.memory(), "prefixes": kept}
 
     def close(self) -> None:
         """Free the caches. The session itself is freed with the object."""
@@ -217,6 +245,12 @@ class TextGenerator:
             raise RequestError(
                 "The draft model has another vocabulary.", "Give a smaller model of the same tokenizer."
             )
+
+    @property
+    def _kept(self) -> PrefixCache:
+        if self._prefixes is None:
+            raise RequestError("No prefixes are kept.", "Call keep_prefixes first.")
+        return self._prefixes
 
     def _inference(self, options: GenerationOptions, new_tokens: int) -> Inference:
         """A fresh batch, behind the grammar that the options ask for."""
