@@ -179,11 +179,14 @@ class Decoder:
             self._bind_cache()
 
     def memory(self) -> dict[str, int]:
-        """Bytes held: "kv_cache" (that over an encoder included) and "buffers" (step inputs and logits)."""
+        """Bytes: "kv_cache" allocated (that over an encoder included), "kv_used" of it, step "buffers"."""
+        held = [value.tensor_size_in_bytes() for value in (*self._values, *self._constants.values())]
+        length = self._capacity or int(self._lengths.max(initial=1))
+        share = float(self._lengths.mean()) / length if self._lengths.size else 1.0
+        used = [round(size * share) for size in held[: len(self._values)]]
         return {
-            "kv_cache": sum(
-                value.tensor_size_in_bytes() for value in (*self._values, *self._constants.values())
-            ),
+            "kv_cache": sum(held),
+            "kv_used": sum(used) + sum(held[len(used) :]),
             "buffers": sum(array.nbytes for array in (*self._arrays.values(), self._several)),
         }
 
@@ -313,9 +316,9 @@ class LiveDecoders:
         self._held.add(decoder)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of all batches together: "kv_cache" and "buffers"."""
+        """Bytes of all batches together: "kv_cache", "kv_used" and "buffers"."""
         parts = [decoder.memory() for decoder in self._held]
-        return {name: sum(part[name] for part in parts) for name in ("kv_cache", "buffers")}
+        return {name: sum(part[name] for part in parts) for name in ("kv_cache", "kv_used", "buffers")}
 
     def close(self) -> None:
         """Free the caches."""

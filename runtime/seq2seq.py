@@ -188,7 +188,7 @@ class Seq2SeqGenerator:
         return SourceInference(self, new_tokens, pixel_values)
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "weights" on disk, and "kv_cache" and "buffers" of all batches in flight."""
+        """Bytes: "weights" on disk, and of all batches in flight what :meth:`Decoder.memory` says."""
         return {"weights": self.bundle.weight_bytes, **self._live.memory()}
 
     def close(self) -> None:

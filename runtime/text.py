@@ -201,7 +201,7 @@ class TextGenerator:
         return chats.render_chat(self._template, messages, self._special_tokens, add_generation_prompt)
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "weights" on disk, "kv_cache" and "buffers" of all batches in flight, kept "prefixes"."""
+        """Bytes: "weights" on disk; of all batches in flight what :meth:`Decoder.memory` says; "prefixes"."""
         kept = 0 if self._prefixes is None else self._prefixes.nbytes
         return {"weights": self.bundle.weight_bytes, **self._live.memory(), "prefixes": kept}
 

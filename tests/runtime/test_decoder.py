@@ -59,6 +59,16 @@ def test_cache_grows_in_blocks_without_changing_logits(shared_toy):
         np.testing.assert_allclose(logits[row], shared_toy.reference(rows[row])[-1], atol=TOLERANCE)
     assert generator.memory()["kv_cache"] == 2 * small
     assert small == 2 * 2 * BLOCK * 2 * 16 * 2 * 4  # batch, layers, tokens, kv heads, dim, K and V, bytes
+    tokens = sum(map(len, rows))
+    assert generator.memory()["kv_used"] == tokens * 2 * 2 * 16 * 2 * 4
+
+
+def test_all_of_a_concatenated_cache_is_used(concat_toy):
+    generator = load(concat_toy.path, threads=1)
+    generator.prefill([[5, 6, 7]])
+    generator.step([8])
+    held = generator.memory()
+    assert held["kv_used"] == held["kv_cache"] == 4 * 2 * (8 + 12) * 4  # tokens, layers, key and value, bytes
 
 
 def test_capacity_is_whole_blocks_but_not_more_than_the_context():
