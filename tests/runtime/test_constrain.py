@@ -178,7 +178,7 @@ def test_the_mask_allows_the_tokens_that_lead_to_a_text_of_a_finite_language(kin
     assert choices > 24
 
 
-def test_masked_logits_keep_their_values_on_both_paths(session):
+def test_masked_logits_keep_their_values(session):
     for regex, few in (("[a-c]", True), ("(?s:.)*", False)):
         logits = np.random.default_rng(1).normal(size=session.model.vocab_size).astype(np.float32)
         masked = logits.copy()
