@@ -24,6 +24,7 @@ from gemini.export.graph_file import write_graph, write_weights
 from gemini.export.operators import check_operators
 from gemini.export.trace_state import FormMismatch, tracing
 from gemini.export.tracing import LOWEST_OPSET, trace
+from gemini.export.twins.attention import OPSET as ATTENTION_OPSET
 from gemini.export.twins.norm import OPSET as NORM_OPSET
 from gemini.export.twins.rotary import LONGEST_TABLE
 from gemini.export.twins.swap import twinned
@@ -152,7 +153,11 @@ def _traced(checkpoint: Checkpoint, form: Form, caches: Caches) -> tuple[dict[st
             parts = [graphs.encoder_graph(checkpoint)]
         else:
             parts = [graphs.vision_graph(checkpoint)]
-        opset = NORM_OPSET if twins["NormTwin"] else LOWEST_OPSET
+        opset = max(
+            LOWEST_OPSET,
+            NORM_OPSET if twins["NormTwin"] else 0,
+            ATTENTION_OPSET if form.attention != "model" else 0,
+        )
         traced = {}
         for part in parts:
             with running_modules(model) as running:

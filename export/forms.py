@@ -11,7 +11,7 @@ from dataclasses import dataclass
 class Form:
     """One way of writing a model.
 
-    attention: ``"grouped"`` (GroupQueryAttention over a shared cache), ``"multi-head"`` (MultiHeadAttention,
+    attention: ``"grouped"`` (GroupQueryAttention over a shared cache), ``"multi-head"`` (Attention,
         no cache) or ``"model"`` (the model's own eager attention; a decoder then concatenates its cache).
     rotary: ``"fused"`` (inside the attention operator) or ``"traced"`` (the model's own code).
     norms: whether norm modules become norm operators.

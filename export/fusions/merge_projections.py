@@ -2,13 +2,14 @@
 
     x -> product(Wq), product(Wk), product(Wv) -> GroupQueryAttention(q, k, v)
         ->  x -> product([Wq; Wk; Wv]) -> GroupQueryAttention(qkv)
-    the same in front of MultiHeadAttention
-        ->  x -> product([Wq; Wk; Wv]) -> Split -> MultiHeadAttention(q, k, v)
+    the same in front of Attention
+        ->  x -> product([Wq; Wk; Wv]) -> Split -> Attention(q, k, v)
 
-A product is MatMulNBits or DynamicQuantizeMatMul. Output features of a quantized weight are independent, so
-stacking them changes no number. Refused when the products differ in operator, bits, block or the presence of
-zero points and biases, or when a weight is shared with another node. Gate and up are left apart: the split
-behind them costs more than the larger product saves (measured, see benchmarks/LOG.md).
+A product is MatMulNBits, DynamicQuantizeMatMul or MatMulIntegerToFloat. Output features of a quantized
+weight are independent, so stacking them changes no number. Refused when the products differ in operator,
+bits, block, codes of the input or the presence of zero points and biases, or when a weight is shared with
+another node. Gate and up are left apart: the split behind them costs more than the larger product saves
+(measured, see benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import onnx_ir as ir
 from gemini.export.fusions.patterns import CONTRIB, constant, insert, new_initializer, only_user, replace
 
 # The axis of the output features in every constant input of the operator.
-FEATURE_AXIS = {"MatMulNBits": 0, "DynamicQuantizeMatMul": -1}
+FEATURE_AXIS = {"MatMulNBits": 0, "DynamicQuantizeMatMul": -1, "MatMulIntegerToFloat": -1}
 
 
 def pack_qkv(graph: ir.Graph) -> int:
@@ -44,7 +45,7 @@ def merge_qkv(graph: ir.Graph) -> int:
     """Attention without a cache takes no packed input on CPU: one product, then a split."""
     count = 0
     for node in list(graph):
-        products = _projections(node, "MultiHeadAttention")
+        products = _projections(node, "Attention")
         count += bool(products) and _merge_and_split(graph, products, before=node)
     return count
 
@@ -86,8 +87,15 @@ def _merge(graph: ir.Graph, products: Sequence[ir.Node], before: ir.Node) -> ir.
         if weights[0] is None:
             stacked.append(None)
             continue
-        parts = [p for w in weights if only_user(w) is not None and (p := constant(w)) is not None]
+        parts = [p for w in weights if (p := constant(w)) is not None]
         if len(parts) != len(products):
+            return None
+        if parts[0].ndim == 0:  # the codes of the input
+            if any(part != parts[0] for part in parts):
+                return None
+            stacked.append(weights[0])
+            continue
+        if any(only_user(w) is None for w in weights):
             return None
         name = "+".join(str(w.name) for w in weights if w is not None)
         stacked.append(new_initializer(graph, name, np.concatenate(parts, FEATURE_AXIS[first.op_type])))

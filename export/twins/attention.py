@@ -1,8 +1,9 @@
 """Attention as one operator, registered under transformers' own attention interface.
 
-With a cache of its own tokens it becomes GroupQueryAttention; without one, and over an encoder's vectors,
-MultiHeadAttention. Anything that the operators cannot say (an unusual mask, a bias, sinks) raises
-FormMismatch and the exporter falls back to the model's own attention.
+With a cache of its own tokens it becomes GroupQueryAttention, over cached vectors of an encoder
+MultiHeadAttention, else the standard's Attention, which on CPU is nearly twice as fast as MultiHeadAttention
+with a mask (benchmarks/LOG.md). Anything that the operators cannot say (an unusual mask, a bias, sinks)
+raises FormMismatch and the exporter falls back to the model's own attention.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gemini.export.twins.mask import MaskMeaning, read_mask
 from gemini.export.twins.operators import CONTRIB, emit, emit_many
 
 NAME = "gemini_edge"
+OPSET = 23  # the first with Attention
 
 
 def attend(
@@ -110,15 +112,30 @@ def _multi_head(
         raise FormMismatch("attention without a cache that rotates, caps or windows")
     if value.shape[-1] != dim:
         raise FormMismatch("keys and values of different widths")
-    if key.shape[1] != heads:
-        key, value = (x.repeat_interleave(heads // key.shape[1], 1) for x in (key, value))
-    if state.cross is None or not state.cross.holds(key):
-        key, value = _flat(key), _flat(value)  # keys of the encoder's vectors may stay (B, H, S, D)
-    padding = None if mask is None or mask.padding is None else mask.padding.to(torch.int32)
-    attributes = {"num_heads": heads, "scale": scale, "unidirectional": int(causal)}
-    inputs = (_flat(query), key, value, None, padding)
-    output = emit(f"{CONTRIB}::MultiHeadAttention", inputs, attributes, (batch, length, heads * dim))
+    if state.cross is not None and state.cross.holds(key):  # (B, H, S, D), which Attention would not take
+        padding = None if mask is None or mask.padding is None else mask.padding.to(torch.int32)
+        attributes = {"num_heads": heads, "scale": scale, "unidirectional": int(causal)}
+        cached = (_flat(query), key, value, None, padding)
+        output = emit(f"{CONTRIB}::MultiHeadAttention", cached, attributes, (batch, length, heads * dim))
+        return output.view(batch, length, heads, dim)
+    attributes = {
+        "q_num_heads": heads,
+        "kv_num_heads": key.shape[1],
+        "scale": scale,
+        "is_causal": int(causal),
+    }
+    inputs = (_flat(query), _flat(key), _flat(value), _summand(mask, length))
+    output = emit("Attention", inputs, attributes, (batch, length, heads * dim), version=OPSET)
     return output.view(batch, length, heads, dim)
+
+
+def _summand(mask: MaskMeaning | None, length: int | torch.SymInt) -> torch.Tensor | None:
+    """What is added to the scores, float32 (B, 1, queries, keys): nothing, or where a key is padding the most
+    negative number."""
+    if mask is None or mask.padding is None:
+        return None
+    hidden = torch.finfo(torch.float32).min * (1.0 - mask.padding.to(torch.float32))
+    return hidden[:, None, None].expand(-1, 1, length, -1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

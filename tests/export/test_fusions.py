@@ -97,7 +97,7 @@ def _quantized(rng, n: int, k: int = 64, block: int = 32) -> dict[str, np.ndarra
 
 
 def _attention(bits_of_value: int = 4) -> ir.Model:
-    """x -> three quantized products -> MultiHeadAttention."""
+    """x -> three quantized products -> Attention."""
     rng = np.random.default_rng(0)
     model = _model("g (float[1,3,64] x) => (float[1,3,16] y) { y = Relu(x) }")
     graph = model.graph
@@ -112,7 +112,7 @@ def _attention(bits_of_value: int = 4) -> ir.Model:
         node = ir.node("MatMulNBits", [graph.inputs[0], *values], attributes, domain="com.microsoft")
         graph.insert_before(relu, node)
         products.append(node.outputs[0])
-    attention = ir.node("MultiHeadAttention", products, {"num_heads": 2}, domain="com.microsoft")
+    attention = ir.node("Attention", products, {"q_num_heads": 2, "kv_num_heads": 2})
     graph.insert_before(relu, attention)
     relu.replace_input_with(0, attention.outputs[0])
     return model
@@ -121,7 +121,7 @@ def _attention(bits_of_value: int = 4) -> ir.Model:
 def test_query_key_and_value_become_one_product():
     plain, merged = _attention(), _attention()
     assert merge_projections.merge_qkv(merged.graph) == 1
-    assert _ops(merged) == {"MatMulNBits": 1, "Split": 1, "MultiHeadAttention": 1, "Relu": 1}
+    assert _ops(merged) == {"MatMulNBits": 1, "Split": 1, "Attention": 1, "Relu": 1}
     x = np.random.default_rng(1).standard_normal((1, 3, 64)).astype(np.float32)
     ours, theirs = _run(merged, {"x": x})[0], _run(plain, {"x": x})[0]
     # the same float32 products, perhaps in another order of threads
