@@ -16,6 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gemini.benchmarks.host import host_facts
 from gemini.benchmarks.metrics import loss_percent
 from gemini.benchmarks.report import to_plain, write_report
@@ -36,7 +39,7 @@ from gemini.judges import Judge, make_judge
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
 from gemini.pair_judge import calibration_feeds
 from gemini.recovery import Recovery, forget, prepare_recovery, recover_quantized
-from gemini.samples import sentence_windows, text_windows
+from gemini.samples import image_windows, sentence_windows, text_windows
 from gemini.self_text import SEED, sampled_windows
 
 CALIBRATION_WINDOWS, CALIBRATION_WINDOW = 12, 256
@@ -83,7 +86,7 @@ def compress_model(
     target = Target(target_size, target_bpw, max_drop)
     chosen = load_recipe(recipe or "int8")
     evaluation = _evaluation_text(eval_text)
-    given = _users_text(calibration) if calibration else None
+    given = _calibration_source(calibration) if calibration else None
     with stages("load"):
         checkpoint = load_checkpoint(source, task)
     planned = _is_planned(checkpoint, recipe, target)
@@ -94,6 +97,8 @@ def compress_model(
         if not planned and not chosen.specs:
             raise UsageError("fp32 weights have nothing to recover from.", "Leave --recover out.")
         with stages("text to recover on"):
+            if isinstance(given, Path):
+                raise UsageError(f"{given.name} is a folder.", "Name a file of text to recover on.")
             recovery = prepare_recovery(checkpoint, output, recover, teacher, given, progress, codes)
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch, staging(output) as folder:
         with stages("measure fp32"):
@@ -152,7 +157,7 @@ def compress_model(
             "bytes": manifest["bytes"],
             "data": {
                 "evaluation": judge.data(),
-                "calibration": {**described, "tokens": sum(w.size for w in windows)},
+                "calibration": described,
                 **({"recovery": recovery.lessons.described} if recovery else {}),
             },
             "host": host_facts(),
@@ -278,21 +283,43 @@ def _users_text(path: str) -> TextSource:
 
 
 def _looks_at_activations(recipe: Recipe) -> bool:
-    keys = ("gptq", "awq", "smoothing", "block_smoothing", "target_bpw")
+    keys = ("gptq", "awq", "smoothing", "block_smoothing", "static", "target_bpw")
     return any(
         getattr(spec, "fit", "") == "moments" or any(getattr(spec, key, False) for key in keys)
         for spec in recipe.specs
     )
 
 
-def calibration_windows(
-    checkpoint: Checkpoint, text: TextSource | None = None, progress: bool = True
-) -> tuple[list[Any], dict[str, Any]]:
-    """Windows of token ids (1, S) to calibrate on, and what to report about them; none without a tokenizer.
+def _calibration_source(path: str) -> TextSource | Path:
+    """The user's text, or the folder of images."""
+    return Path(path) if Path(path).is_dir() else _users_text(path)
 
-    Of the user's text where there is one. Else a decoder calibrates on what it writes itself, which is nearer
-    to what it was trained on than any text at hand; other models on the built-in text.
+
+def calibration_windows(
+    checkpoint: Checkpoint, given: TextSource | Path | None = None, progress: bool = True
+) -> tuple[list[Any], dict[str, Any]]:
+    """Windows of token ids (1, S), or batches of pixels, to calibrate on, and what to report about them.
+
+    Of the user's text, or folder of images, where there is one. Else a decoder calibrates on what it writes
+    itself, which is nearer to what it was trained on than any text at hand, other models on the built-in
+    text, and image models on nothing. UsageError for a text where images are needed, or the other way round.
     """
+    if checkpoint.family == "vision":
+        if isinstance(given, TextSource):
+            raise UsageError(f"{given.name} is no folder of images.", "Name one: this model reads images.")
+        if given is None:
+            return [], {}
+        images, count = image_windows(checkpoint, given)
+        return images, {"name": given.name, "images": count}
+    if isinstance(given, Path):
+        raise UsageError(f"{given.name} is a folder.", "Name a file of text: this model reads text.")
+    windows, described = _token_windows(checkpoint, given, progress)
+    return windows, {**described, "tokens": sum(window.size for window in windows)}
+
+
+def _token_windows(
+    checkpoint: Checkpoint, text: TextSource | None, progress: bool
+) -> tuple[list[NDArray[np.int64]], dict[str, Any]]:
     if checkpoint.tokenizer is None:
         return [], {}
     if text is None and checkpoint.family == "decoder":

@@ -10,12 +10,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gemini.errors import UsageError
+
+Item = TypeVar("Item")
 
 MAX_TEXT_BYTES = 64 * 1024 * 1024
 # Characters that plain text never holds: C0 controls except tab, newline, form feed and carriage return.
@@ -153,7 +155,7 @@ def default_sentences(count: int = 300) -> list[str]:
     return spread(split_sentences(default_text().evaluation), count)
 
 
-def spread(items: Sequence[str], count: int) -> list[str]:
+def spread(items: Sequence[Item], count: int) -> list[Item]:
     """At most ``count`` of the items, evenly spread, in their order."""
     if len(items) <= count:
         return list(items)

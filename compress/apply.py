@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gemini.compress.awq import Group, fold_awq, fold_smoothing
+from gemini.compress.awq import Group, fold_awq, fold_divisors, fold_smoothing
 from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.fold import fold_batch_norms
 from gemini.compress.layers import Bnb4, Channels, Integers, make_conv, make_copy, make_linear, make_table
 from gemini.compress.plan import FORMATS, MOMENT_WINDOWS, plan_formats, scan_formats
+from gemini.compress.ranges import Codes
 from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
 from gemini.compress.select import Selection, Skipped, select_layers, weight_of
@@ -33,6 +34,7 @@ from gemini.compress.specs import (
     QuantizeNF4,
     Spec,
 )
+from gemini.compress.static import convolution_codes, has_integer_operator, input_codes
 from gemini.compress.stream import stream
 from gemini.errors import RecipeError
 
@@ -47,8 +49,13 @@ def quantize_int8(
 ) -> PassReport:
     """8-bit linears per block or per channel; embedding and head per block, for which there are operators.
 
-    Convolutions per output channel.
+    Convolutions per output channel. Static codes for what is per channel, where calibration reached it.
     """
+    if spec.static and not windows:
+        raise RecipeError(
+            "Static activations need calibration, and this model has no text or images to calibrate on.",
+            "Use the recipe int8, or give --calibration.",
+        )
     per_block = spec.granularity if isinstance(spec.granularity, PerBlock) else None
     table = Integers(8, spec.embedding_block_size)
     selection = select_layers(
@@ -64,12 +71,21 @@ def quantize_int8(
     folds: list[Group] = []
     if spec.smoothing and windows and not per_block:
         divisors = smoothing_divisors(model, windows, selection.linears, spec.smoothing, progress)
+        divisors, folds = fold_divisors(model, windows, divisors)
     if spec.block_smoothing and windows and per_block:
         folds = fold_smoothing(model, windows, selection.linears, spec.block_smoothing, progress)
-    report = _edit(model, spec, selection, formats, table, {}, progress, divisors=divisors)
+    codes: dict[str, Codes] = {}
+    ends: dict[str, tuple[Codes, Codes]] = {}
+    if spec.static:
+        codes = input_codes(model, windows, selection.linears, spec.activations, divisors, progress)
+        filters = [name for name in selection.convolutions if has_integer_operator(model.get_submodule(name))]
+        ends = convolution_codes(model, windows, filters, spec.activations, progress)
+    report = _edit(
+        model, spec, selection, formats, table, {}, progress, divisors=divisors, codes=codes, ends=ends
+    )
     return replace(
         report,
-        calibration_windows=len(windows) if divisors or folds else 0,
+        calibration_windows=len(windows) if divisors or folds or spec.static else 0,
         folded=[group.producer for group in folds],
     )
 
@@ -182,6 +198,11 @@ def settled(spec: Spec, family: str) -> Spec:
     """The spec with every choice that depends on the family of the model made."""
     if not isinstance(spec, QuantizeInt8) or not isinstance(spec.granularity, ByFamily):
         return spec
+    if spec.static and "decoder" in family:
+        raise RecipeError(
+            "Static activations are for encoders and image models; a generator's outliers do not bear them.",
+            "Use the recipe int8 or int4.",
+        )
     return replace(spec, granularity=PerBlock() if "decoder" in family else PerChannel())
 
 
@@ -196,6 +217,8 @@ def _edit(
     sensitive_share: float = 0.0,
     windows: Sequence[Window] = (),
     divisors: Mapping[str, Tensor] = MappingProxyType({}),
+    codes: Mapping[str, Codes] = MappingProxyType({}),
+    ends: Mapping[str, tuple[Codes, Codes]] = MappingProxyType({}),
 ) -> PassReport:
     """Pack every selected layer, those in stacks of blocks with GPTQ where there are ``windows``, and put the
     packed ones into the model.
@@ -206,7 +229,8 @@ def _edit(
 
     def pack(names: Collection[str]) -> None:
         for name in tqdm(names, desc=spec.type, unit="layer", delay=2, leave=False, disable=not progress):
-            packed[name] = _pack(model, name, formats[name], moments.get(name), divisor=divisors.get(name))
+            given = {"divisor": divisors.get(name), "input_codes": codes.get(name)}
+            packed[name] = _pack(model, name, formats[name], moments.get(name), **given)
 
     if sensitive_share:
         pack(formats)
@@ -220,7 +244,7 @@ def _edit(
     pack([name for name in formats if name not in packed])
     reports = [packed[name][1] for name in formats]
     layers = [*_edit_ends(model, selection, table, moments), *reports]
-    layers += _edit_convolutions(model, selection)
+    layers += _edit_convolutions(model, selection, ends)
     for name, (new, _) in packed.items():
         _replace(model, model.get_submodule(name), new)
     return PassReport(
@@ -234,11 +258,11 @@ def _pack(
     form: Format,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
-    divisor: Tensor | None = None,
+    **inputs: Any,
 ) -> tuple[nn.Module, LayerReport]:
     old = model.get_submodule(name)
     weight = weight_of(old)
-    new = make_linear(weight, old.bias, form, importance, hessian=hessian, divisor=divisor)
+    new = make_linear(weight, old.bias, form, importance, hessian=hessian, **inputs)
     if hessian is not None:
         importance = hessian.diagonal()
     return new, layer_report(name, "linear", weight, new, importance)
@@ -284,12 +308,14 @@ def _edit_ends(
             _replace(model, model.get_submodule(name), make_copy(shared, scale_by))
 
 
-def _edit_convolutions(model: nn.Module, selection: Selection) -> Iterator[LayerReport]:
-    """Pack the selected convolutions."""
+def _edit_convolutions(
+    model: nn.Module, selection: Selection, ends: Mapping[str, tuple[Codes, Codes]]
+) -> Iterator[LayerReport]:
+    """Pack the selected convolutions, those with codes for their ends to compute in integers."""
     for name in selection.convolutions:
         old = model.get_submodule(name)
         assert isinstance(old, nn.Conv2d)
-        new = make_conv(old)
+        new = make_conv(old, ends.get(name))
         yield layer_report(name, "convolution", old.weight.detach().flatten(1), new, None)
         _replace(model, old, new)
 

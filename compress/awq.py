@@ -14,7 +14,7 @@ its output; no layout is assumed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,25 @@ def fold_smoothing(
     for group in groups:
         _put(model, _folded(model, group, scales(moments[group.consumers[0]].sqrt(), strength)))
     return groups
+
+
+def fold_divisors(
+    model: nn.Module, windows: Sequence[Window], divisors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[Group]]:
+    """Divide the inputs of linears by ``divisors`` where they are made, wherever that is exact.
+
+    Norms take them in, and products, whose 8-bit rows have a scale each. Returns what is left to be divided
+    at run time, and the groups that are not.
+    """
+    left, folded = dict(divisors), []
+    for group in find_groups(model, windows, divisors):
+        s = divisors[group.consumers[0]]
+        if all(divisors[name] is s for name in group.consumers):
+            _put(model, _folded(model, group, s))
+            folded.append(group)
+            for name in group.consumers:
+                del left[name]
+    return left, folded
 
 
 def scales(mean: Tensor, strength: float) -> Tensor:

@@ -16,6 +16,7 @@ from gemini.compress.modules import (
     QuantizedLinear,
 )
 from gemini.compress.quantize import Quantized, quantize, quantize_bnb4, quantize_channels
+from gemini.compress.ranges import Codes
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,18 @@ def make_linear(
     shared: QuantizedEmbedding | None = None,
     hessian: Tensor | None = None,
     divisor: Tensor | None = None,
+    input_codes: Codes | None = None,
 ) -> nn.Module:
     """The packed layer for a float weight (N, K); with ``shared`` it uses the buffers of that table.
 
     ``hessian``, E[x x^T] of its inputs, makes integer codes those of GPTQ. With a format per channel the
-    inputs are divided by ``divisor`` (K,).
+    inputs are divided by ``divisor`` (K,) and, with ``input_codes``, then rounded to those.
     """
     rows, columns = weight.shape
     kept = None if bias is None else bias.detach().clone()
     if isinstance(form, Channels):
         scaled = weight if divisor is None else weight * divisor
-        return ChannelwiseLinear(*quantize_channels(scaled), kept, divisor)
+        return ChannelwiseLinear(*quantize_channels(scaled), kept, divisor, input_codes)
     if isinstance(form, Bnb4):
         packed, absmax = quantize_bnb4(weight, form.block_size)
         return Bnb4Linear(columns, rows, packed, absmax, form.block_size, NF4, kept)
@@ -99,12 +101,12 @@ def make_copy(table: QuantizedEmbedding, scale_by: float | None) -> QuantizedEmb
     return QuantizedEmbedding(*shape, *buffers, scale_by)
 
 
-def make_conv(layer: nn.Conv2d) -> ChannelwiseConv:
-    """The packed convolution for a float one."""
+def make_conv(layer: nn.Conv2d, ends: tuple[Codes, Codes] | None = None) -> ChannelwiseConv:
+    """The packed convolution for a float one; ``ends`` are the codes of its input and its output."""
     weight = layer.weight.detach()
     codes, scales = quantize_channels(weight.flatten(1))
     bias = None if layer.bias is None else layer.bias.detach().clone()
-    return ChannelwiseConv(layer, codes.reshape(weight.shape), scales, bias)
+    return ChannelwiseConv(layer, codes.reshape(weight.shape), scales, bias, ends)
 
 
 def quantized(weight: Tensor, form: Integers, importance: Tensor | None = None) -> Quantized:

@@ -2,7 +2,8 @@
 
     QuantizedLinear -> MatMulNBits          QuantizedEmbedding -> GatherBlockQuantized
     ChannelwiseLinear -> DynamicQuantizeMatMul          Bnb4Linear -> MatMulBnb4
-    ChannelwiseConv -> DequantizeLinear and Conv
+    the same with fixed codes -> QuantizeLinear and MatMulIntegerToFloat
+    ChannelwiseConv -> DequantizeLinear and Conv        with fixed codes -> QLinearConv
 
 Their ``forward`` is the float reference of that operator: weights dequantized, activations untouched.
 """
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gemini.compress.packing import unpack_4bit
+from gemini.compress.ranges import Codes
 
 # The codebooks of bitsandbytes: NF4 holds normal quantiles (QLoRA, arXiv 2305.14314, appendix E); FP4 is a
 # 1-2-1 float scaled to [-1, 1]. The position in the tuple is the stored code; `quant_type` selects the row.
@@ -97,7 +99,8 @@ class QuantizedLinear(nn.Module):
 class ChannelwiseLinear(nn.Module):
     """A linear layer with int8 weights and one scale per output channel (DynamicQuantizeMatMul).
 
-    With a ``divisor`` the input is divided by it first, and the codes stand for the weight times it.
+    With a ``divisor`` the input is divided by it first, and the codes stand for the weight times it. With
+    ``input_codes`` those of the input are fixed (after the division), else every call finds its own.
     """
 
     qweight: Tensor
@@ -106,11 +109,17 @@ class ChannelwiseLinear(nn.Module):
     divisor: Tensor | None
 
     def __init__(
-        self, qweight: Tensor, scales: Tensor, bias: Tensor | None = None, divisor: Tensor | None = None
+        self,
+        qweight: Tensor,
+        scales: Tensor,
+        bias: Tensor | None = None,
+        divisor: Tensor | None = None,
+        input_codes: Codes | None = None,
     ) -> None:
         """``qweight`` int8 (out_features, in_features), ``scales`` float32 (out_features,), ``divisor``
         float32 (in_features,)."""
         super().__init__()
+        self.input_codes = input_codes
         self.out_features, self.in_features = qweight.shape
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
@@ -136,15 +145,26 @@ class ChannelwiseLinear(nn.Module):
 
 
 class ChannelwiseConv(nn.Module):
-    """A 2-D convolution with int8 weights and one scale per output channel; activations stay float."""
+    """A 2-D convolution with int8 weights and one scale per output channel.
+
+    ``codes`` of its input and its output are fixed; without them activations stay float.
+    """
 
     qweight: Tensor
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Conv2d, qweight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Conv2d,
+        qweight: Tensor,
+        scales: Tensor,
+        bias: Tensor | None = None,
+        codes: tuple[Codes, Codes] | None = None,
+    ) -> None:
         """``qweight`` int8 like the layer's weight (O, I / groups, kh, kw), ``scales`` float32 (O,)."""
         super().__init__()
+        self.codes = codes
         self.stride, self.padding = layer.stride, layer.padding
         self.dilation, self.groups = layer.dilation, layer.groups
         self.register_buffer("qweight", qweight)

@@ -1,4 +1,4 @@
-"""Recipes: ordered specs, built in (fp32, int8, int4, nf4) or read from the user's TOML file.
+"""Recipes: ordered specs, built in (see BUILTIN) or read from the user's TOML file.
 
 [[pass]]
 type = "quantize_int4"
@@ -16,7 +16,7 @@ from gemini.compress.specs import Spec, reject_unknown, spec_from_dict
 from gemini.errors import RecipeError
 from gemini.model.recipe_file import read_recipe
 
-BUILTIN = ("fp32", "int8", "int4", "int4-fast", "nf4")
+BUILTIN = ("fp32", "int8", "int8-static", "int4", "int4-fast", "nf4")
 _FOLDER = Path(__file__).parent / "recipes"
 
 

@@ -56,18 +56,57 @@ Granularity = PerChannel | PerBlock | ByFamily
 
 
 @dataclass(frozen=True)
+class Dynamic:
+    """Every call finds the range of the activations at hand; those of convolutions stay float."""
+
+    type: ClassVar[str] = "dynamic"
+
+
+@dataclass(frozen=True)
+class MinMax:
+    """A fixed range: from the smallest to the largest activation of calibration."""
+
+    type: ClassVar[str] = "min_max"
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """A fixed range that holds ``percent`` of the activations of calibration, as many cut off at each end."""
+
+    type: ClassVar[str] = "percentile"
+    percent: float = 99.99
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.percent, int | float) and not isinstance(self.percent, bool)
+        if not number or not 50.0 <= self.percent <= 100.0:
+            raise RecipeError(f"`percent` is {self.percent!r}.", "Write a number from 50 to 100, like 99.99.")
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """A fixed range that leaves the least divergence between activations and their codes (TensorRT)."""
+
+    type: ClassVar[str] = "entropy"
+
+
+Activations = Dynamic | MinMax | Percentile | Entropy
+
+
+@dataclass(frozen=True)
 class QuantizeInt8:
     """Weights of linears and convolutions and the token embedding at 8 bits, round to nearest, symmetric.
 
-    A convolution has one scale an output channel, and its activations stay float. ``smoothing`` moves so much
-    of the activations' range into the weights of linears per channel (`gemini.compress.smooth`; 0: nothing),
-    ``block_smoothing`` that of linears per block, where a norm can take it in
-    (`gemini.compress.awq.fold_smoothing`); both need calibration. ``skip`` holds glob patterns over module
-    names that stay fp32.
+    A convolution has one scale an output channel. ``activations`` says where the ranges of activations come
+    from (`gemini.compress.ranges`): found in every call, or fixed in calibration, for layers per channel and
+    for convolutions. ``smoothing`` moves so much of the activations' range into the weights of linears per
+    channel (`gemini.compress.smooth`; 0: nothing), ``block_smoothing`` that of linears per block, where a
+    norm can take it in (`gemini.compress.awq.fold_smoothing`); all three need calibration. ``skip`` holds
+    glob patterns over module names that stay fp32.
     """
 
     type: ClassVar[str] = "quantize_int8"
     granularity: Granularity = field(default_factory=ByFamily)
+    activations: Activations = field(default_factory=Dynamic)
     smoothing: float = 0.0
     block_smoothing: float = 0.0
     embeddings: bool = True
@@ -80,11 +119,26 @@ class QuantizeInt8:
                 f"`granularity` of quantize_int8 is {self.granularity!r}.",
                 'Write { type = "per_channel" } or { type = "per_block", size = 64 }.',
             )
+        if not isinstance(self.activations, Activations):
+            raise RecipeError(
+                f"`activations` of quantize_int8 is {self.activations!r}.",
+                'Write { type = "dynamic" }, "min_max", "percentile" or "entropy".',
+            )
+        if self.static and isinstance(self.granularity, PerBlock):
+            raise RecipeError(
+                "Layers in blocks find the ranges of their activations in every call.",
+                'Use granularity = { type = "per_channel" } or activations = { type = "dynamic" }.',
+            )
         _check_share("smoothing", self.smoothing)
         _check_share("block_smoothing", self.block_smoothing)
         _check_bool("embeddings", self.embeddings)
         _check_choice("embedding_block_size", self.embedding_block_size, BLOCK_SIZES)
         _check_globs(self.skip)
+
+    @property
+    def static(self) -> bool:
+        """Whether the ranges of activations are fixed."""
+        return not isinstance(self.activations, Dynamic)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON/TOML values; ``spec_from_dict`` is the inverse."""
@@ -193,15 +247,19 @@ Spec = QuantizeInt8 | QuantizeInt4 | QuantizeMixed | QuantizeNF4
 SPECS: dict[str, type[Spec]] = {
     spec.type: spec for spec in (QuantizeInt8, QuantizeInt4, QuantizeMixed, QuantizeNF4)
 }
-GRANULARITIES: dict[str, type[Granularity]] = {kind.type: kind for kind in (PerChannel, PerBlock, ByFamily)}
+CHOICES: dict[str, dict[str, Any]] = {
+    "granularity": {kind.type: kind for kind in (PerChannel, PerBlock, ByFamily)},
+    "activations": {kind.type: kind for kind in (Dynamic, MinMax, Percentile, Entropy)},
+}
 
 
 def spec_from_dict(table: Mapping[str, Any]) -> Spec:
     """The spec that ``table`` describes; RecipeError for an unknown type, an unknown key or a wrong value."""
     kind, options = _split(table, SPECS, "pass")
-    if isinstance(options.get("granularity"), Mapping):
-        inner, inner_options = _split(options["granularity"], GRANULARITIES, "granularity")
-        options["granularity"] = inner(**inner_options)
+    for key, kinds in CHOICES.items():
+        if isinstance(options.get(key), Mapping):
+            inner, inner_options = _split(options[key], kinds, key)
+            options[key] = inner(**inner_options)
     if isinstance(options.get("skip"), list):
         options["skip"] = tuple(options["skip"])
     return kind(**options)
@@ -236,7 +294,7 @@ def _to_dict(spec: Any) -> dict[str, Any]:
     table: dict[str, Any] = {"type": spec.type}
     for item in fields(spec):
         value = getattr(spec, item.name)
-        if isinstance(value, Granularity):
+        if isinstance(value, Granularity | Activations):
             value = _to_dict(value)
         if isinstance(value, Mapping):
             value = dict(value)

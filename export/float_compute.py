@@ -5,12 +5,12 @@ Kernels that quantize activations add noise that hides real mistakes, so the gat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import onnx_ir as ir
 
-from gemini.export.fusions.patterns import insert, replace
+from gemini.export.fusions.patterns import first_input, insert, only_user, produced_by, replace
 
 FLOAT32 = 1
 
@@ -21,31 +21,72 @@ def float_compute(model: ir.Model) -> Iterator[None]:
 
     MatMulNBits(accuracy_level=4)      ->  MatMulNBits(accuracy_level=1)
     DynamicQuantizeMatMul(x, W, s, z)  ->  MatMul(x, DequantizeLinear(W, s, z))
+    MatMulIntegerToFloat(QuantizeLinear(x), W, …)  ->  the same
+    DequantizeLinear(QLinearConv(QuantizeLinear(x), W, …))  ->  Conv(x, DequantizeLinear(W, s, z))
     """
     blockwise = [n for n in model.graph if n.op_type == "MatMulNBits"]
     levels = [n.attributes["accuracy_level"].as_int() for n in blockwise]
     for node in blockwise:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FLOAT32)
-    dynamic = [n for n in model.graph if n.op_type == "DynamicQuantizeMatMul"]
-    originals = [(n, n.outputs[0], _dequantized(n)) for n in dynamic]
+    originals = [(made[0], made[1]) for n in list(model.graph) if (made := _in_float(n)) is not None]
     try:
         yield
     finally:
         for node, level in zip(blockwise, levels, strict=True):
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
-        for _, output, added in originals:
+        for output, added in originals:
             replace(added[-1].outputs[0], output)
             model.graph.remove(added, safe=True)
 
 
-def _dequantized(node: ir.Node) -> list[ir.Node]:
-    x, weight, scales, zeros, *bias = node.inputs
+def _in_float(node: ir.Node) -> tuple[ir.Value, list[ir.Node]] | None:
+    """The value that a product in integers ends in and the nodes that now make it; None for other nodes."""
+    if node.op_type == "DynamicQuantizeMatMul":
+        x, weight, scales, zeros, *bias = node.inputs
+        return node.outputs[0], _product(node, x, (weight, scales, zeros), bias)
+    if node.op_type == "MatMulIntegerToFloat":
+        codes, weight, _, scales, _, zeros, *bias = node.inputs
+        return node.outputs[0], _product(node, _before_rounding(codes), (weight, scales, zeros), bias)
+    if node.op_type == "QLinearConv":
+        end = only_user(node.outputs[0])
+        assert end is not None and end.op_type == "DequantizeLinear", node
+        return end.outputs[0], _convolution(node, end.outputs[0])
+    return None
+
+
+def _before_rounding(codes: ir.Value | None) -> ir.Value:
+    node = produced_by(codes, "QuantizeLinear")
+    assert node is not None, codes
+    return first_input(node)
+
+
+def _product(
+    node: ir.Node,
+    x: ir.Value | None,
+    weight: Sequence[ir.Value | None],
+    bias: Sequence[ir.Value | None],
+) -> list[ir.Node]:
     output = node.outputs[0]
-    dense = insert(node, "DequantizeLinear", [weight, scales, zeros], {"axis": 1}, [output])
+    dense = insert(node, "DequantizeLinear", weight, {"axis": 1}, [output])
     dense.outputs[0].shape = None
-    product = insert(node, "MatMul", [x, dense.outputs[0]], {}, [output])
-    added = [dense, product]
+    added = [dense, insert(node, "MatMul", [x, dense.outputs[0]], {}, [output])]
     if bias and bias[0] is not None:
-        added.append(insert(node, "Add", [product.outputs[0], bias[0]], {}, [output]))
+        added.append(insert(node, "Add", [added[-1].outputs[0], bias[0]], {}, [output]))
+    replace(output, added[-1].outputs[0])
+    return added
+
+
+def _convolution(node: ir.Node, output: ir.Value) -> list[ir.Node]:
+    codes, input_scale, _, weight, scales, zeros, _, _, *bias = node.inputs
+    added = [insert(node, "DequantizeLinear", [weight, scales, zeros], {"axis": 0}, [output])]
+    inputs = [_before_rounding(codes), added[0].outputs[0]]
+    if bias and bias[0] is not None:
+        steps = insert(node, "Mul", [input_scale, scales], {}, [output])
+        floats = insert(node, "Cast", [bias[0]], {"to": ir.DataType.FLOAT}, [output])
+        added += [steps, floats, insert(node, "Mul", [floats.outputs[0], steps.outputs[0]], {}, [output])]
+        inputs.append(added[-1].outputs[0])
+    for inner in added:
+        inner.outputs[0].shape = None
+    added.append(insert(node, "Conv", inputs, dict(node.attributes), [output]))
     replace(output, added[-1].outputs[0])
     return added

@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="RECIPE",
-        help="fp32, int8, int4, nf4, or a recipe FILE.toml (default: int8, or formats chosen layer by layer "
-        "where a size or a loss is asked of a generator)",
+        help="fp32, int8, int8-static, int4, int4-fast, nf4, or a recipe FILE.toml (default: int8, or "
+        "formats chosen layer by layer where a size or a loss is asked of a generator)",
     )
     parser.add_argument(
         "--target-size",
@@ -52,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibration",
-        metavar="FILE",
-        help="text to calibrate on, instead of what a generator writes itself, or the built-in one",
+        metavar="PATH",
+        help="text to calibrate on, instead of what a generator writes itself, or the built-in one; "
+        "of an image model a folder of images",
     )
     parser.add_argument(
         "--max-drop",

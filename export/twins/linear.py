@@ -1,5 +1,5 @@
-"""Linear layers: MatMulNBits, DynamicQuantizeMatMul, MatMulBnb4 for quantized weights, FusedMatMul for
-float32.
+"""Linear layers: MatMulNBits, DynamicQuantizeMatMul, MatMulIntegerToFloat, MatMulBnb4 for quantized weights,
+FusedMatMul for float32.
 
 Every weight stays in its (out_features, in_features) order, so a head tied to an embedding keeps the
 embedding's bytes and is stored once.
@@ -12,21 +12,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedLinear
-from gemini.export.twins.operators import CONTRIB, emit
+from gemini.compress.ranges import Codes
+from gemini.export.twins.operators import CONTRIB, Packed, emit, quantize_linear
 
 # Level 4 is the only one with fast kernels on CPU: int8 activations, one scale a block.
 INT8_ACTIVATIONS = 4
 
 
-class _Packed(nn.Module):
-    """A weight that is not float: ``weight`` is empty, for model code that asks for its dtype."""
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return torch.empty(0)
-
-
-class BlockwiseTwin(_Packed):
+class BlockwiseTwin(Packed):
     """MatMulNBits: 4- or 8-bit blocks, activations quantized to int8 inside the kernel."""
 
     def __init__(self, layer: QuantizedLinear) -> None:
@@ -67,7 +60,28 @@ class ChannelwiseTwin(nn.Module):
         return emit(f"{CONTRIB}::DynamicQuantizeMatMul", inputs, {}, (*x.shape[:-1], self.weight.shape[1]))
 
 
-class Bnb4Twin(_Packed):
+class StaticTwin(ChannelwiseTwin):
+    """QuantizeLinear with fixed codes, then MatMulIntegerToFloat: integers inside, float32 outside.
+
+    onnxruntime fuses the portable spelling (DequantizeLinear, MatMul) to the same kernel, but leaves the
+    bias to a node of its own; QGemm and QLinearMatMul measured slower (benchmarks/LOG.md).
+    """
+
+    def __init__(self, layer: ChannelwiseLinear, codes: Codes) -> None:
+        super().__init__(layer)
+        self.register_buffer("input_scale", torch.tensor(codes.scale))
+        self.register_buffer("input_zero_point", torch.tensor(codes.zero_point, dtype=torch.uint8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.factor is not None:
+            x = x * self.factor
+        rounded = quantize_linear(x, self.input_scale, self.input_zero_point)
+        inputs = (rounded, self.weight, self.input_scale, self.scales, self.input_zero_point)
+        shape = (*x.shape[:-1], self.weight.shape[1])
+        return emit(f"{CONTRIB}::MatMulIntegerToFloat", (*inputs, self.zero_points, self.bias), {}, shape)
+
+
+class Bnb4Twin(Packed):
     """MatMulBnb4: bitsandbytes' own 4-bit codes, bit for bit."""
 
     def __init__(self, layer: Bnb4Linear) -> None:
@@ -112,7 +126,8 @@ def as_linear(module: nn.Module) -> nn.Module | None:
     if isinstance(module, QuantizedLinear):
         return BlockwiseTwin(module)
     if isinstance(module, ChannelwiseLinear):
-        return ChannelwiseTwin(module)
+        codes = module.input_codes
+        return ChannelwiseTwin(module) if codes is None else StaticTwin(module, codes)
     if isinstance(module, Bnb4Linear):
         return Bnb4Twin(module)
     if type(module) is nn.Linear:

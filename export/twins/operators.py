@@ -4,9 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 CONTRIB = "com.microsoft"
 Shape = Sequence[int | torch.SymInt]
+
+
+class Packed(nn.Module):
+    """A twin whose weight is not float: ``weight`` is empty, for model code that asks for its dtype."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.empty(0)
 
 
 def emit(
@@ -23,6 +32,11 @@ def emit(
     return torch.onnx.ops.symbolic(
         operator, _trimmed(inputs), attrs=attributes, dtype=dtype, shape=shape, version=version
     )
+
+
+def quantize_linear(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """uint8 codes of ``x`` with one scale and one zero point."""
+    return emit("QuantizeLinear", (x, scale, zero_point), {}, x.shape, dtype=torch.uint8, version=19)
 
 
 def emit_many(

@@ -5,6 +5,7 @@ import pytest
 from gemini.compress.recipe import BUILTIN, Recipe, load_recipe
 from gemini.compress.specs import (
     PerBlock,
+    Percentile,
     PerChannel,
     QuantizeInt4,
     QuantizeInt8,
@@ -24,7 +25,8 @@ def test_built_in_recipes_load_and_survive_a_round_trip(name):
 def test_built_in_recipes_hold_the_pass_they_are_named_after():
     kinds = {name: [type(spec) for spec in load_recipe(name).specs] for name in BUILTIN}
     four = {"int4": [QuantizeInt4], "int4-fast": [QuantizeInt4], "nf4": [QuantizeNF4]}
-    assert kinds == {"fp32": [], "int8": [QuantizeInt8], **four}
+    eight = {key: [QuantizeInt8] for key in ("int8", "int8-static")}
+    assert kinds == {"fp32": [], **eight, **four}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,7 @@ def test_built_in_recipes_hold_the_pass_they_are_named_after():
     [
         QuantizeInt8(PerChannel(), embeddings=False, skip=("a.*", "b")),
         QuantizeInt8(PerBlock(128)),
+        QuantizeInt8(PerChannel(), Percentile(99.9), smoothing=0.5),
         QuantizeInt4(block_size=32, symmetric=True, fit="nearest", embedding_bits=4, skip=("x",)),
         QuantizeNF4(block_size=128, embedding_bits=32),
     ],
