@@ -248,7 +248,8 @@ def test_compress_passes_its_options_on_and_prints_the_table(monkeypatch, capsys
 
     def compress_model(*positional: Any, **options: Any) -> dict[str, Any]:
         calls.append((positional, options))
-        return {"table": [{"name": "fp32", "size_mb": 4.0, "perplexity": 2.0}], "plan": None}
+        table = [{"name": "fp32", "size_mb": 4.0, "perplexity": 2.0}]
+        return {"table": table, "plan": None, "recovery": None}
 
     install_pipeline(monkeypatch, compress_model)
     output = str(tmp_path / "out")
