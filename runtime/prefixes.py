@@ -12,9 +12,7 @@ whose kernels round differently in the last bits.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +92,8 @@ def common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
 
 def save(path: str | Path, prefixes: Sequence[Prefix], digest: str) -> None:
     """Write prefixes of the bundle ``digest`` to a file, whole or not at all."""
+    import tempfile  # 10 ms of every start, for what few sessions do
+
     target = Path(path)
     arrays: dict[str, np.ndarray] = {"format": np.array(_FORMAT), "bundle": np.array(digest)}
     for index, prefix in enumerate(prefixes):
@@ -111,6 +111,8 @@ def save(path: str | Path, prefixes: Sequence[Prefix], digest: str) -> None:
 
 def read(path: str | Path, digest: str, model: DecoderModel, dtype: type[np.floating]) -> list[Prefix]:
     """The prefixes of a file; BundleError if it is damaged, no such file, or of another bundle."""
+    import zipfile
+
     try:
         arrays = _read_arrays(path)
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
@@ -137,6 +139,8 @@ def read(path: str | Path, digest: str, model: DecoderModel, dtype: type[np.floa
 
 def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """The members of an .npz file, each checked against its checksum; nothing is unpickled or unpacked."""
+    import zipfile
+
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"api", "model", "compress", "export", "runtime", "benchmarks"}
 ON_A_DEVICE = {"numpy", "onnxruntime", "tokenizers", "gemini"}
-IN_FUNCTIONS = {"PIL", "jinja2"}
+IN_FUNCTIONS = {"PIL", "jinja2", "llguidance"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
