@@ -58,7 +58,7 @@ def beam_search(
         if options.repetition_penalty != 1.0:
             chances = _punished(chances, prompts, tokens[:, :, :step], options.repetition_penalty)
         total = (scores[:, :, None] + chances).reshape(count, -1)
-        top = np.argpartition(-total, kept - 1, axis=1)[:, :kept]
+        top = np.argpartition(total, -kept, axis=1)[:, -kept:]
         top = top[rows, np.argsort(-total[rows, top], axis=1, kind="stable")]
         found, origin, token = total[rows, top], top // vocabulary, top % vocabulary
         texts = tokens[rows, origin]
@@ -103,9 +103,12 @@ def _punished(
     tokens: NDArray[np.int64],
     penalty: float,
 ) -> NDArray[np.float32]:
-    """The repetition penalty of each beam's own text (count, beams, V)."""
-    seen = np.zeros(chances.shape, bool)
+    """The repetition penalty of each beam's own text (count, beams, V), in place: it holds few tokens."""
     for row, prompt in enumerate(prompts):
-        seen[row, :, np.asarray(prompt, np.int64)] = True
-    np.put_along_axis(seen, tokens, True, axis=2)
-    return apply_repetition_penalty(chances, seen, penalty)
+        own = np.broadcast_to(np.asarray(prompt, np.int64), (len(tokens[row]), len(prompt)))
+        ids = np.concatenate([own, tokens[row]], axis=1)
+        seen = np.take_along_axis(chances[row], ids, axis=1)
+        np.put_along_axis(
+            chances[row], ids, apply_repetition_penalty(seen, np.ones_like(seen, bool), penalty), axis=1
+        )
+    return chances
