@@ -33,11 +33,13 @@ def measured_rows(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     for result in results:
         if "table" in result:
             sizes = {Path(row["name"]).name: row["size_mb"] for row in result["table"]} | sizes
-            columns |= _losses(result)
+            found = _losses(result)
         elif "bundles" in result:
-            columns |= _rates(result)
+            found = _rates(result)
         else:
             raise UsageError("A file holds no result of eval or bench.", "Give what --json printed last.")
+        for heading, column in found.items():
+            columns.setdefault(heading, {}).update(column)
     rows = [
         [name, f"{size:.1f}", *(column.get(name, "–") for column in columns.values())]
         for name, size in sizes.items()

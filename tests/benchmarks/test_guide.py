@@ -41,6 +41,12 @@ def test_a_row_holds_what_was_measured_of_a_bundle() -> None:
     assert other == ["int4", "93.6", "+7.5 %", "0.1000", "80", "440"]
 
 
+def test_bundles_measured_apart_share_their_columns() -> None:
+    reference, first, second = EVAL["table"]
+    parts = [{**EVAL, "table": [reference, row]} for row in (first, second)]
+    assert measured_rows([*parts, BENCH]) == measured_rows([EVAL, BENCH])
+
+
 def test_the_page_gets_the_table_and_check_finds_a_stale_one(tmp_path, capsys) -> None:
     page = tmp_path / "page.md"
     page.write_text("above\n<!-- measured:begin -->\nold\n<!-- measured:end -->\nbelow\n")
