@@ -48,19 +48,27 @@ def test_an_encoder_decoder_finds_what_transformers_finds(options, sharp):
         assert answer == expected[0, 1:].tolist()
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_a_decoder_finds_what_transformers_finds(options, gemini_folder, tmp_path):
+@pytest.fixture(scope="module")
+def decoder(gemini_folder, tmp_path_factory):
+    """A tiny Llama that knows what it wants, and its bundle."""
+    folder = tmp_path_factory.mktemp("decoder")
     torch.manual_seed(1)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=400, num_key_value_heads=2, eos_token_id=[7, 90], bos_token_id=0, **sizes)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
-    model.save_pretrained(tmp_path / "model")
-    gemini.GeminiTokenizer.from_pretrained(gemini_folder).save_pretrained(tmp_path / "model")
-    compress_model(str(tmp_path / "model"), tmp_path / "bundle", "fp32", progress=False)
+    model.save_pretrained(folder / "model")
+    gemini.GeminiTokenizer.from_pretrained(gemini_folder).save_pretrained(folder / "model")
+    compress_model(str(folder / "model"), folder / "bundle", "fp32", progress=False)
+    return model, folder / "bundle"
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_decoder_finds_what_transformers_finds(options, decoder):
+    model, bundle = decoder
     prompts = [[5, 9, 11], [20, 30, 40, 50, 60]]
-    found = load(tmp_path / "bundle").generate_ids(prompts, GenerationOptions(max_new_tokens=12, **options))
+    found = load(bundle).generate_ids(prompts, GenerationOptions(max_new_tokens=12, **options))
     for prompt, answer in zip(prompts, found, strict=True):
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, **options)
         assert answer == expected[0, len(prompt) :].tolist()
