@@ -32,7 +32,8 @@ def measured_rows(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     columns: dict[str, Column] = {}
     for result in results:
         if "table" in result:
-            sizes = {Path(row["name"]).name: row["size_mb"] for row in result["table"]} | sizes
+            for row in result["table"]:
+                sizes.setdefault(Path(row["name"]).name, row["size_mb"])
             found = _losses(result)
         elif "bundles" in result:
             found = _rates(result)
