@@ -89,6 +89,7 @@ def test_formats_are_raised_until_the_gate_holds(learnt, tmp_path):
     assert 4.62 < report["plan"]["bits_per_weight"] <= 8.6
 
 
+@pytest.mark.slow  # test_recovery.py plans for a size as well
 def test_a_bundle_of_the_size_asked_for(learnt, tmp_path):
     least, most = (
         compress_model(str(learnt), tmp_path / name, target_bpw=bits, progress=False)["table"][-1]["size_mb"]

@@ -136,7 +136,7 @@ def test_a_run_with_other_options_does_not_go_on(llama, text, tmp_path):
     assert not states.exists()
 
 
-@pytest.mark.parametrize("adapters", [None, "lora", "qlora"])
+@pytest.mark.parametrize("adapters", [None, pytest.param("lora", marks=pytest.mark.slow), "qlora"])
 def test_a_pruned_model_recovers_before_tokens_go(llama, text, tmp_path, capsys, adapters):
     arguments = ["prune", str(llama), "--width", "0.5", "--calibration", text, "--recover", "1"]
     arguments += ["--adapters", adapters] if adapters else []
