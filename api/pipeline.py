@@ -87,19 +87,18 @@ def compress_model(
     chosen = load_recipe(recipe or "int8")
     evaluation = _evaluation_text(eval_text)
     given = _calibration_source(calibration) if calibration else None
+    if teacher and recover is None:
+        raise UsageError("A teacher is named and nothing is to learn.", "Add --recover MINUTES.")
     with stages("load"):
         checkpoint = load_checkpoint(source, task)
     planned = _is_planned(checkpoint, recipe, target)
     recovery = None
-    if teacher and recover is None:
-        raise UsageError("A teacher is named and nothing is to learn.", "Add --recover MINUTES.")
     if recover is not None:
         if not planned and not chosen.specs:
             raise UsageError("fp32 weights have nothing to recover from.", "Leave --recover out.")
         with stages("text to recover on"):
-            if isinstance(given, Path):
-                raise UsageError(f"{given.name} is a folder.", "Name a file of text to recover on.")
-            recovery = prepare_recovery(checkpoint, output, recover, teacher, given, progress, codes)
+            text = None if checkpoint.family == "vision" else _only_text(given)
+            recovery = prepare_recovery(checkpoint, output, recover, teacher, text, progress, codes)
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch, staging(output) as folder:
         with stages("measure fp32"):
             whole = load_checkpoint(reference, task) if reference else checkpoint
@@ -295,6 +294,12 @@ def _calibration_source(path: str) -> TextSource | Path:
     return Path(path) if Path(path).is_dir() else _users_text(path)
 
 
+def _only_text(given: TextSource | Path | None) -> TextSource | None:
+    if isinstance(given, Path):
+        raise UsageError(f"{given.name} is a folder.", "Name a file of text: this model reads text.")
+    return given
+
+
 def calibration_windows(
     checkpoint: Checkpoint, given: TextSource | Path | None = None, progress: bool = True
 ) -> tuple[list[Any], dict[str, Any]]:
@@ -311,9 +316,7 @@ def calibration_windows(
             return [], {}
         images, count = image_windows(checkpoint, given)
         return images, {"name": given.name, "images": count}
-    if isinstance(given, Path):
-        raise UsageError(f"{given.name} is a folder.", "Name a file of text: this model reads text.")
-    windows, described = _token_windows(checkpoint, given, progress)
+    windows, described = _token_windows(checkpoint, _only_text(given), progress)
     return windows, {**described, "tokens": sum(window.size for window in windows)}
 
 

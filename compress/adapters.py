@@ -25,6 +25,7 @@ RANK = 16
 def adapted(model: nn.Module, rank: int = RANK, nf4: bool = False) -> Iterator[None]:
     """Give every linear layer but the head an adapter, the only thing that learns while the block runs.
 
+    A block that fails leaves the weights as they were.
     UsageError if peft, or bitsandbytes for ``nf4``, is not installed.
     """
     try:
@@ -47,13 +48,15 @@ def adapted(model: nn.Module, rank: int = RANK, nf4: bool = False) -> Iterator[N
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that will go
         torch.manual_seed(0)
         wrapper = get_peft_model(model, config)
-    yield
-    for name, module in linears.items():
-        module.weight.data += model.get_submodule(name).get_delta_weight("default")
-    wrapper.unload()
-    for name, module in linears.items():
-        model.set_submodule(name, module)
-    model.requires_grad_(False)
+    try:
+        yield
+        for name, module in linears.items():
+            module.weight.data += model.get_submodule(name).get_delta_weight("default")
+    finally:
+        wrapper.unload()
+        for name, module in linears.items():
+            model.set_submodule(name, module)
+        model.requires_grad_(False)
 
 
 def _in_nf4(layer: nn.Linear) -> nn.Module:

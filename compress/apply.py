@@ -229,8 +229,14 @@ def _edit(
 
     def pack(names: Collection[str]) -> None:
         for name in tqdm(names, desc=spec.type, unit="layer", delay=2, leave=False, disable=not progress):
-            given = {"divisor": divisors.get(name), "input_codes": codes.get(name)}
-            packed[name] = _pack(model, name, formats[name], moments.get(name), **given)
+            packed[name] = _pack(
+                model,
+                name,
+                formats[name],
+                moments.get(name),
+                divisor=divisors.get(name),
+                input_codes=codes.get(name),
+            )
 
     if sensitive_share:
         pack(formats)
@@ -258,11 +264,14 @@ def _pack(
     form: Format,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
-    **inputs: Any,
+    divisor: Tensor | None = None,
+    input_codes: Codes | None = None,
 ) -> tuple[nn.Module, LayerReport]:
     old = model.get_submodule(name)
     weight = weight_of(old)
-    new = make_linear(weight, old.bias, form, importance, hessian=hessian, **inputs)
+    new = make_linear(
+        weight, old.bias, form, importance, hessian=hessian, divisor=divisor, input_codes=input_codes
+    )
     if hessian is not None:
         importance = hessian.diagonal()
     return new, layer_report(name, "linear", weight, new, importance)

@@ -68,11 +68,20 @@ class PrefixCache:
             return count, best
 
     def keep(self, new: Prefix) -> None:
-        """Hold a prefix, unless it is larger than the limit; those that it continues are dropped."""
+        """Hold a prefix, unless it is larger than the limit or a longer one begins with it; those that it
+        continues are dropped."""
         with self._lock:
             if new.nbytes > self.limit:
                 return
-            rest = [prefix for prefix in self._held if common(prefix.tokens, new.tokens) < prefix.tokens.size]
+            shared = [common(prefix.tokens, new.tokens) for prefix in self._held]
+            if any(
+                new.tokens.size == count < prefix.tokens.size
+                for prefix, count in zip(self._held, shared, strict=True)
+            ):
+                return
+            rest = [
+                prefix for prefix, count in zip(self._held, shared, strict=True) if count < prefix.tokens.size
+            ]
             room = self.limit - new.nbytes
             kept: list[Prefix] = []
             for prefix in reversed(rest):

@@ -78,7 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--learn",
         choices=("codes", "scales"),
-        default="codes",
         help="what --recover changes beside norms: scales and the codes of 4-bit weights, which takes 16 "
         "bytes a weight, or scales alone (default: codes)",
     )
@@ -128,7 +127,7 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
 
     if other := _given(args, ("recipe", "target_size", "target_bpw")):
         raise UsageError(f"{other} says what to make, --search looks for it.", "Leave one of them out.")
-    if other := _given(args, ("recover", "teacher")):
+    if other := _given(args, ("recover", "teacher", "learn")):
         raise UsageError(
             f"{other} is not part of a search.", "Leave it out; recover the winner in a run of its own."
         )
@@ -163,6 +162,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return _search(args)
     if alone := _given(args, ("max_latency", "time_limit", "prune_ratios", "recipes", "ray")):
         raise UsageError(f"{alone} belongs to --search.", "Add --search, or leave it out.")
+    if args.learn and args.recover is None:
+        raise UsageError("--learn says what learns, and nothing does.", "Add --recover MINUTES.")
     from gemini.pipeline import compress_model
 
     report: dict[str, Any] = compress_model(
@@ -177,7 +178,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         max_drop=args.max_drop,
         recover=args.recover,
         teacher=args.teacher,
-        codes=args.learn == "codes",
+        codes=args.learn != "scales",
         force=args.force,
         progress=True,
     )

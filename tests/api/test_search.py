@@ -12,11 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gemini
 from gemini import search as module
+from gemini import trials
 from gemini.cli import main
 from gemini.errors import CheckpointError, GateError, UsageError
 from gemini.runtime import load
 from gemini.runtime.bundle import read_bundle
 from gemini.search import search_recipes
+from gemini.trials import Search, Trial, hopeless, run_trial
 
 COMMAND = ["--prune-ratios", "0,0.5", "--recipes", "nf4"]  # without calibration
 
@@ -80,8 +82,10 @@ def test_losses_refer_to_the_model_before_it_was_pruned(searched):
 
 
 def test_a_second_search_makes_no_trial_twice_and_other_limits_pick_another(searched, llama, monkeypatch):
-    monkeypatch.setattr(module, "compress_model", lambda *_, **__: pytest.fail("a trial was made again"))
-    monkeypatch.setattr(module, "prune_checkpoint", lambda *_, **__: pytest.fail("pruned again"))
+    monkeypatch.setattr(
+        "gemini.trials.compress_model", lambda *_, **__: pytest.fail("a trial was made again")
+    )
+    monkeypatch.setattr("gemini.trials.prune_checkpoint", lambda *_, **__: pytest.fail("pruned again"))
     before = (searched / "manifest.json").read_bytes()
     options = {"ratios": (0, 0.5), "recipes": ("nf4",), "progress": False}
     results = search_recipes(llama, searched, max_latency=1e4, force=True, **options)
@@ -128,16 +132,16 @@ def fake_trials(monkeypatch, tmp_path, drops):
         parts = {"before": {"perplexity": 10.0}, "after": {"perplexity": 10.0 + drops["pruned"] / 10}}
         (target / "pruning.json").write_text(json.dumps({"metric": "perplexity", **parts}))
 
-    monkeypatch.setattr(module, "compress_model", compress)
-    monkeypatch.setattr(module, "prune_checkpoint", prune)
-    monkeypatch.setattr(module, "finished", finished)
+    monkeypatch.setattr("gemini.trials.compress_model", compress)
+    monkeypatch.setattr("gemini.trials.prune_checkpoint", prune)
+    monkeypatch.setattr("gemini.trials.finished", finished)
     return made
 
 
 def one_search(tmp_path, max_drop=5.0, deadline=math.inf):
-    trials = tuple(module.Trial(recipe, ratio) for ratio in (0.0, 0.5) for recipe in ("int8", "int4", "nf4"))
-    return module.Search(
-        "model", "model", "text-generation", None, None, max_drop, tmp_path, "digest", deadline, trials
+    pairs = tuple(Trial(recipe, ratio) for ratio in (0.0, 0.5) for recipe in ("int8", "int4", "nf4"))
+    return Search(
+        "model", "model", "text-generation", None, None, max_drop, tmp_path, "digest", deadline, pairs
     )
 
 
@@ -146,17 +150,17 @@ def test_what_is_harsher_than_a_hopeless_trial_is_not_made(monkeypatch, tmp_path
     drops[("nf4", 0.5)] = 9.0
     made = fake_trials(monkeypatch, tmp_path, drops)
     search = one_search(tmp_path)
-    outcomes = [module.run_trial(search, trial) for trial in search.trials]
+    outcomes = [run_trial(search, trial) for trial in search.trials]
     assert made == [("int8", 0.0), ("int4", 0.0), ("nf4", 0.0), ("int8", 0.5), ("nf4", 0.5)]
     assert outcomes[4] == {"state": "skipped", "why": "int4 loses 10.1 % already"}
-    assert module.hopeless(replace(search, max_drop=None), search.trials[4]) == ""
+    assert hopeless(replace(search, max_drop=None), search.trials[4]) == ""
 
 
 def test_a_pruned_checkpoint_that_lost_too_much_is_not_quantized(monkeypatch, tmp_path):
     drops = {("int8", 0.0): 1.0, ("int4", 0.0): 2.0, ("nf4", 0.0): 2.0, "pruned": 40.0}
     made = fake_trials(monkeypatch, tmp_path, drops)
     search = one_search(tmp_path)
-    outcomes = [module.run_trial(search, trial) for trial in search.trials]
+    outcomes = [run_trial(search, trial) for trial in search.trials]
     assert len(made) == 3
     assert [one["why"] for one in outcomes[3:]] == ["fp32, 50 % pruned, loses 40.0 % already"] * 3
 
@@ -164,7 +168,7 @@ def test_a_pruned_checkpoint_that_lost_too_much_is_not_quantized(monkeypatch, tm
 def test_no_trial_starts_that_would_end_after_the_limit(monkeypatch, tmp_path):
     made = fake_trials(monkeypatch, tmp_path, {("int8", 0.0): 1.0, ("int4", 0.0): 1.0})
     search = one_search(tmp_path, deadline=module.time.time() + 50)  # a trial takes 100 s
-    outcomes = [module.run_trial(search, trial) for trial in search.trials]
+    outcomes = [run_trial(search, trial) for trial in search.trials]
     assert made == [("int8", 0.0)]
     assert {one["state"] for one in outcomes[1:]} == {"not started"}
 
@@ -178,7 +182,7 @@ def copied_trials(monkeypatch, searched):
         (trial,) = (searched.parent / "bundle.search" / "trials").glob("nf4-0-*")
         shutil.copytree(trial, bundle)
 
-    monkeypatch.setattr(module, "compress_model", copy)
+    monkeypatch.setattr("gemini.trials.compress_model", copy)
     return made
 
 
@@ -187,7 +191,7 @@ def test_a_trial_that_cannot_be_made_does_not_end_the_search(searched, llama, tm
         raise CheckpointError("These units cannot be cut.", "Do not.")
 
     copied_trials(monkeypatch, searched)
-    monkeypatch.setattr(module, "prune_checkpoint", refuse)
+    monkeypatch.setattr("gemini.trials.prune_checkpoint", refuse)
     options = {"ratios": (0, 0.5), "recipes": ("fp32",), "progress": False}
     results = search_recipes(llama, tmp_path / "b", max_drop=50, **options)
     assert [row["state"] for row in results["rows"]] == ["measured", "failed"]
@@ -198,14 +202,14 @@ def test_ctrl_c_keeps_finished_trials_and_leaves_nothing_half_written(
     searched, llama, tmp_path, monkeypatch, capsys
 ):
     made = copied_trials(monkeypatch, searched)
-    copy = module.compress_model
+    copy = trials.compress_model
 
     def interrupted(source, bundle, recipe, **options):
         if recipe == "nf4":
             raise KeyboardInterrupt
         copy(source, bundle, recipe, **options)
 
-    monkeypatch.setattr(module, "compress_model", interrupted)
+    monkeypatch.setattr("gemini.trials.compress_model", interrupted)
     arguments = ["compress", llama, "--output", str(tmp_path / "b"), "--search", "--max-drop", "50"]
     arguments += ["--recipes", "fp32,nf4", "--prune-ratios", "0"]
     assert main(arguments) == 130
@@ -215,7 +219,7 @@ def test_ctrl_c_keeps_finished_trials_and_leaves_nothing_half_written(
     assert kept.name.startswith("fp32-0-")
     left = tmp_path / "b.search" / "trials" / ".int4.partial"  # what a killed process leaves
     left.mkdir()
-    monkeypatch.setattr(module, "compress_model", copy)
+    monkeypatch.setattr("gemini.trials.compress_model", copy)
     assert main(arguments) == 0 and made == ["fp32", "nf4"] and not left.exists()
 
 

@@ -64,3 +64,14 @@ def test_what_is_not_installed_is_named(monkeypatch, missing, nf4):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UsageError, match=missing.partition(".")[0]), adapted(make_llama(), nf4=nf4):
         pass
+
+
+def test_a_block_that_fails_leaves_the_model_as_it_was():
+    model = make_llama()
+    before, modules = {name: value.clone() for name, value in model.state_dict().items()}, [*model.modules()]
+    with pytest.raises(KeyError), adapted(model, rank=4):
+        for parameter in model.parameters():
+            parameter.data += float(parameter.requires_grad)
+        raise KeyError
+    assert [*model.modules()] == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

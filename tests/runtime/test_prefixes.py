@@ -38,6 +38,8 @@ def test_the_least_recently_used_goes_and_a_continued_one_is_dropped():
     assert [p.tokens.tolist() for p in cache.held()] == [[5, 6], [1, 2], [7, 8]]
     cache.keep(prefix(7, 8, 9))
     assert [p.tokens.tolist() for p in cache.held()] == [[1, 2], [7, 8, 9]]
+    cache.keep(prefix(1))  # a longer one begins with it
+    assert [p.tokens.tolist() for p in cache.held()] == [[1, 2], [7, 8, 9]]
     cache.keep(prefix(*range(50)))
     assert len(cache.held()) == 2 and cache.nbytes <= cache.limit
     assert cache.longest(np.array([99])) is None
