@@ -46,8 +46,9 @@ demo: $(READY)
 	$(BIN)/gemini-edge run $(DEMO) --prompt '$(PROMPT)' --max-new-tokens 96 --temperature 0.7 --top-k 40 --seed 0
 	$(BIN)/gemini-edge inspect $(DEMO) --report
 
+# Most of a test is tracing, which keeps one core busy: so a process a core, each with one thread.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ from gemini.compress.dense import dense_weights
 from gemini.compress.recipe import Recipe, load_recipe
 from gemini.compress.recover import twin
 from gemini.compress.reports import PassReport
-from gemini.compress.specs import QuantizeInt4
+from gemini.compress.specs import QuantizeCache, QuantizeInt4, Spec
 from gemini.errors import GateError, UsageError
 from gemini.export.bundle import check_output, commit, describe, staging, write_companions, write_manifest
 from gemini.export.exporter import export_checkpoint
@@ -63,6 +63,7 @@ def compress_model(
     recover: float | None = None,
     teacher: str | None = None,
     codes: bool = True,
+    kv_cache: str | None = None,
     reference: str | None = None,
     force: bool = False,
     progress: bool = True,
@@ -78,6 +79,7 @@ def compress_model(
     recover: minutes in which the quantized model learns from the unquantized one, or from ``teacher``, a
     model with the same vocabulary. A run that is cut off goes on when it is started again. ``codes``:
     those of 4-bit weights learn too, beside scales and norms.
+    kv_cache: "int8" adds `QuantizeCache` to the recipe.
     reference: the checkpoint that fp32 means, where ``source`` was cut from it.
     """
     output = Path(output)
@@ -85,6 +87,9 @@ def compress_model(
     check_output(output, force)
     target = Target(target_size, target_bpw, max_drop)
     chosen = load_recipe(recipe or "int8")
+    extra: tuple[Spec, ...] = (QuantizeCache(),) if kv_cache == "int8" else ()
+    if kv_cache not in (None, "int8"):
+        raise UsageError(f"The cache cannot be {kv_cache}.", "Use int8, or leave it out.")
     evaluation = _evaluation_text(eval_text)
     given = _calibration_source(calibration) if calibration else None
     if teacher and recover is None:
@@ -108,7 +113,7 @@ def compress_model(
             del whole
         windows: Sequence[Any] = ()
         described: dict[str, Any] = {}
-        if planned or _looks_at_activations(chosen):
+        if planned or extra or _looks_at_activations(chosen):
             with stages("calibration text"):
                 windows, described = calibration_windows(checkpoint, given, progress)
         feeds = calibration_feeds(checkpoint, windows)
@@ -126,7 +131,8 @@ def compress_model(
                     nearest = judge.score_torch()
         while True:
             resized = planner.resized if planner and target.size_mb is not None else None
-            manifest, size, again = _build(checkpoint, chosen, feeds, folder, stages, recovery, resized)
+            whole_recipe = replace(chosen, specs=(*chosen.specs, *extra))
+            manifest, size, again = _build(checkpoint, whole_recipe, feeds, folder, stages, recovery, resized)
             if not again:
                 score, latency = _measure(folder, judge, stages)
                 drop = loss_percent(judge.metric, score.get(judge.metric), judge.reference.get(judge.metric))
@@ -142,7 +148,7 @@ def compress_model(
         report = {
             "name": checkpoint.name,
             "task": checkpoint.task,
-            "recipe": chosen.to_dict(),
+            "recipe": manifest["recipe"],
             "plan": planner and planner.describe(),
             "table": table,
             "metric": judge.metric,
@@ -284,7 +290,9 @@ def _users_text(path: str) -> TextSource:
 def _looks_at_activations(recipe: Recipe) -> bool:
     keys = ("gptq", "awq", "smoothing", "block_smoothing", "static", "target_bpw")
     return any(
-        getattr(spec, "fit", "") == "moments" or any(getattr(spec, key, False) for key in keys)
+        isinstance(spec, QuantizeCache)
+        or getattr(spec, "fit", "") == "moments"
+        or any(getattr(spec, key, False) for key in keys)
         for spec in recipe.specs
     )
 
@@ -338,28 +346,26 @@ def _token_windows(
 
 def round_to_nearest(recipe: Recipe) -> Recipe | None:
     """The same bits and blocks rounded to nearest, without promoted layers; None if it is that already."""
+    before = tuple(spec for spec in recipe.specs if not isinstance(spec, QuantizeCache))
     specs = tuple(
         replace(spec, fit="nearest", gptq=False, awq=False, sensitive_share=0.0)
         if isinstance(spec, QuantizeInt4)
         else spec
-        for spec in recipe.specs
+        for spec in before
     )
-    return None if specs == recipe.specs else replace(recipe, name=f"{recipe.name}, nearest", specs=specs)
+    return None if specs == before else replace(recipe, name=f"{recipe.name}, nearest", specs=specs)
 
 
 @contextmanager
 def restored(checkpoint: Checkpoint) -> Iterator[None]:
-    """Put every module of the model back where it was when the block ends."""
-    before = [
-        (parent, name, child)
-        for parent in checkpoint.model.modules()
-        for name, child in parent.named_children()
-    ]
+    """Put every module of the model back where it was when the block ends, and nothing beside them."""
+    before = [(parent, dict(parent._modules)) for parent in checkpoint.model.modules()]
     try:
         yield
     finally:
-        for parent, name, child in before:
-            setattr(parent, name, child)
+        for parent, children in before:
+            parent._modules.clear()
+            parent._modules.update(children)
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gemini.compress.awq import Group, fold_awq, fold_divisors, fold_smoothing
+from gemini.compress.cache import quantize_cache
 from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.fold import fold_batch_norms
 from gemini.compress.layers import Bnb4, Channels, Integers, make_conv, make_copy, make_linear, make_table
@@ -28,6 +29,7 @@ from gemini.compress.specs import (
     ByFamily,
     PerBlock,
     PerChannel,
+    QuantizeCache,
     QuantizeInt4,
     QuantizeInt8,
     QuantizeMixed,
@@ -165,6 +167,7 @@ PASSES: dict[type[Spec], Pass] = {
     QuantizeInt4: quantize_int4,
     QuantizeMixed: quantize_mixed,
     QuantizeNF4: quantize_nf4,
+    QuantizeCache: quantize_cache,
 }
 
 
@@ -196,6 +199,10 @@ def run_recipe(
 
 def settled(spec: Spec, family: str) -> Spec:
     """The spec with every choice that depends on the family of the model made."""
+    if isinstance(spec, QuantizeCache) and family != "decoder":
+        raise RecipeError(
+            "An 8-bit cache is for text generators without an encoder.", "Leave it out for this model."
+        )
     if not isinstance(spec, QuantizeInt8) or not isinstance(spec.granularity, ByFamily):
         return spec
     if spec.static and "decoder" in family:

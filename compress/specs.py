@@ -243,9 +243,23 @@ class QuantizeNF4:
         return _to_dict(self)
 
 
-Spec = QuantizeInt8 | QuantizeInt4 | QuantizeMixed | QuantizeNF4
+@dataclass(frozen=True)
+class QuantizeCache:
+    """Keys and values of past tokens at 8 bits, a scale a channel (`gemini.compress.cache`).
+
+    For generators without an encoder; it needs calibration, and comes after the passes over weights.
+    """
+
+    type: ClassVar[str] = "quantize_cache"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON/TOML values; ``spec_from_dict`` is the inverse."""
+        return _to_dict(self)
+
+
+Spec = QuantizeInt8 | QuantizeInt4 | QuantizeMixed | QuantizeNF4 | QuantizeCache
 SPECS: dict[str, type[Spec]] = {
-    spec.type: spec for spec in (QuantizeInt8, QuantizeInt4, QuantizeMixed, QuantizeNF4)
+    spec.type: spec for spec in (QuantizeInt8, QuantizeInt4, QuantizeMixed, QuantizeNF4, QuantizeCache)
 }
 CHOICES: dict[str, dict[str, Any]] = {
     "granularity": {kind.type: kind for kind in (PerChannel, PerBlock, ByFamily)},

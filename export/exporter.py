@@ -12,10 +12,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from gemini.compress.cache import scales_of
 from gemini.compress.dense import dense_weights
 from gemini.errors import ExportError, VerificationError
 from gemini.export import encoder_decoder, graphs, verify, verify_encoder_decoder
 from gemini.export.blame import running_modules
+from gemini.export.cache_bits import float_past, quantize_past
 from gemini.export.finish import finish
 from gemini.export.float_compute import float_compute
 from gemini.export.forms import LADDERS, Form
@@ -112,13 +114,20 @@ def _export_form(
         finish(model)
         operators |= set(check_operators(model))
         opsets |= model.opset_imports
+    scales = scales_of(checkpoint.model)
+    if scales is not None:
+        quantize_past(models["decoder"], scales.pairs())
     sizes = write_weights([*models.values()], folder / f"{checkpoint.family}.onnx.data", progress)
     with ExitStack() as stack:
         stack.enter_context(dense_weights(checkpoint.model))
         for name, model in models.items():
             stack.enter_context(float_compute(model))
-            write_graph(model, paths[name])
+            with float_past(model):
+                write_graph(model, paths[name])
         verification = _verified(paths, checkpoint, form, caches)
+        if scales is not None:
+            write_graph(models["decoder"], paths["decoder"])
+            verify.verify_cache(paths["decoder"], checkpoint, form, caches.own, scales.pairs(), verification)
     for name, model in models.items():
         write_graph(model, paths[name])
         _check(paths[name])

@@ -12,7 +12,8 @@ from gemini.runtime import kv
 from gemini.runtime.schema import DecoderModel, EncoderDecoderModel, LayerShape
 from gemini.runtime.session import Graph, require
 
-DTYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+FLOATS: dict[str, type[np.number]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+CACHE_DTYPES = {**FLOATS, "tensor(int8)": np.int8}  # what keys and values of past tokens may be stored as
 LENGTH_INPUTS = ("seqlens_k", "total_sequence_length")  # a graph that does not need them has lost them
 
 
@@ -69,14 +70,8 @@ def check_graph(graph: Graph, model: DecoderModel, cross: Sequence[LayerShape] =
         ["logits", *present],
         (*LENGTH_INPUTS, "cross_mask"),
     )
-    check_shapes(
-        graph,
-        {
-            "logits": {2: model.vocab_size},
-            **_cache_sizes("past", model.layers),
-            **_cache_sizes("cross", cross),
-        },
-    )
+    check_shapes(graph, {"logits": {2: model.vocab_size}, **_cache_sizes("cross", cross)})
+    check_shapes(graph, _cache_sizes("past", model.layers), CACHE_DTYPES)
 
 
 def cross_names(cross: Sequence[LayerShape]) -> list[str]:
@@ -98,11 +93,21 @@ def _cache_sizes(prefix: str, layers: Sequence[LayerShape]) -> dict[str, dict[in
     return sizes
 
 
-def check_shapes(graph: Graph, expected: Mapping[str, Mapping[int, int]]) -> None:
-    """BundleError unless these float values have these sizes, {name: {axis: size}}, the last axis given."""
+def cache_dtype(graph: Graph) -> type[np.number]:
+    """What a checked decoder's graph stores past keys and values as."""
+    return CACHE_DTYPES[graph.inputs["past.0.key"][0]]
+
+
+def check_shapes(
+    graph: Graph,
+    expected: Mapping[str, Mapping[int, int]],
+    dtypes: Mapping[str, type[np.number]] = FLOATS,
+) -> None:
+    """BundleError unless these values have a type of ``dtypes`` and these sizes, {name: {axis: size}}, the
+    last axis given."""
     for name, sizes in expected.items():
         dtype, shape = {**graph.inputs, **graph.outputs}[name]
-        fits = dtype in DTYPES and len(shape) == max(sizes) + 1
+        fits = dtype in dtypes and len(shape) == max(sizes) + 1
         if not fits or any(isinstance(shape[axis], int) and shape[axis] != n for axis, n in sizes.items()):
             raise BundleError(
                 f"The graph's {name} (type {dtype}, shape {list(shape)}) is not what the manifest says.",

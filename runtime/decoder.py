@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gemini.errors import RequestError
 from gemini.runtime import kv
-from gemini.runtime.checks import DTYPES, LENGTH_INPUTS, checked_row, checked_rows
+from gemini.runtime.checks import LENGTH_INPUTS, cache_dtype, checked_row, checked_rows
 from gemini.runtime.prefixes import Prefix, PrefixCache
 from gemini.runtime.schema import DecoderModel
 from gemini.runtime.session import Graph, run_bound
@@ -202,7 +202,7 @@ class Decoder:
         planned = min(width + self._new_tokens, self._model.context_length)
         shared = self._model.cache == "shared"
         self._capacity = kv.round_up(planned, self._model.context_length) if shared else 0
-        dtype = DTYPES[self._graph.inputs[self._names[0][0]][0]]
+        dtype = cache_dtype(self._graph)
         self._values = kv.allocate(self._model.layers, batch, self._capacity, self._graph.device, dtype)
         self._arrays = {
             "input_ids": np.zeros((batch, 1), np.int64),

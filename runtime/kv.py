@@ -30,7 +30,7 @@ def round_up(tokens: int, limit: int) -> int:
 
 
 def allocate(
-    layers: Sequence[LayerShape], batch: int, capacity: int, device: str, dtype: type[np.floating]
+    layers: Sequence[LayerShape], batch: int, capacity: int, device: str, dtype: type[np.number]
 ) -> list[ort.OrtValue]:
     """Zeroed key and value buffers (batch, kv_heads, capacity, dim) of every layer, on ``device``.
 

@@ -118,7 +118,7 @@ def save(path: str | Path, prefixes: Sequence[Prefix], digest: str) -> None:
         raise
 
 
-def read(path: str | Path, digest: str, model: DecoderModel, dtype: type[np.floating]) -> list[Prefix]:
+def read(path: str | Path, digest: str, model: DecoderModel, dtype: type[np.number]) -> list[Prefix]:
     """The prefixes of a file; BundleError if it is damaged, no such file, or of another bundle."""
     import zipfile
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gemini.errors import RequestError
 from gemini.runtime import kv
-from gemini.runtime.checks import DTYPES, checked_rows
+from gemini.runtime.checks import cache_dtype, checked_rows
 from gemini.runtime.schema import DecoderModel
 from gemini.runtime.session import Graph, run_graph
 
@@ -48,8 +48,7 @@ def all_logits(
         for row, count in enumerate(valid.tolist()):
             result[row, :count] = all_logits(graph, model, tokens[row : row + 1, :count])[0]
         return result
-    dtype = DTYPES[graph.inputs["past.0.key"][0]]
-    empty = kv.allocate(model.layers, batch, 0, "cpu", dtype)
+    empty = kv.allocate(model.layers, batch, 0, "cpu", cache_dtype(graph))
     feeds = {
         **(constants or {}),
         "input_ids": tokens,

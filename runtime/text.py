@@ -20,7 +20,7 @@ from gemini.errors import RequestError
 from gemini.runtime import chat as chats
 from gemini.runtime import prefixes
 from gemini.runtime.bundle import Bundle
-from gemini.runtime.checks import DTYPES, check_graph, checked_rows
+from gemini.runtime.checks import cache_dtype, check_graph, checked_rows
 from gemini.runtime.constrain import Constrained, Grammar, read_vocabulary
 from gemini.runtime.decoder import Decoder, LiveDecoders
 from gemini.runtime.draft_model import ModelDrafter
@@ -192,7 +192,7 @@ class TextGenerator:
 
     def restore_prefixes(self, path: str | Path) -> None:
         """Keep the prefixes of a file too. BundleError if it is damaged or of another bundle."""
-        kept, dtype = self._kept, DTYPES[self.graph.inputs["past.0.key"][0]]
+        kept, dtype = self._kept, cache_dtype(self.graph)
         for prefix in prefixes.read(path, self.bundle.manifest.digest, self.model, dtype):
             kept.keep(prefix)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from gemini.model.checkpoint import Checkpoint, Pooling
 from gemini.model.gemini import GeminiConfig, GeminiForConditionalGeneration
@@ -162,7 +163,7 @@ def as_checkpoint(model: tf.PreTrainedModel, family: str, pooling: Pooling | Non
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_checkpoint() -> Callable[..., Checkpoint]:
     """name -> a tiny checkpoint of that architecture."""
 
@@ -179,3 +180,15 @@ def make_checkpoint() -> Callable[..., Checkpoint]:
         raise KeyError(name)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def words() -> tf.PreTrainedTokenizerFast:
+    """One token a word, </s> at the end of every text; fits every tiny text model."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 101)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

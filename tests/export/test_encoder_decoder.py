@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gemini.compress.apply import run_recipe
@@ -23,17 +22,6 @@ from gemini.runtime import Seq2SeqGenerator, load
 # float32 sums in another order over two layers; logits are of the order of 10.
 TOLERANCE = 1e-4
 SOURCES = ["w9 w33 w71 w8 w40 w99 w12", "w60 w61", "w5"]
-
-
-def words(size: int = 101) -> PreTrainedTokenizerFast:
-    """One token a word, </s> at the end of every text."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def bundle(checkpoint: Checkpoint, folder: Path) -> Seq2SeqGenerator:
@@ -55,9 +43,11 @@ def generated(checkpoint: Checkpoint, text: str, count: int = 12) -> list[int]:
 
 
 @pytest.fixture
-def make_pair(make_checkpoint: Callable[..., Checkpoint]) -> Callable[[str], Checkpoint]:
+def make_pair(
+    make_checkpoint: Callable[..., Checkpoint], words: PreTrainedTokenizerFast
+) -> Callable[[str], Checkpoint]:
     """name -> a tiny encoder-decoder with a tokenizer."""
-    return lambda name: replace(make_checkpoint(name), tokenizer=words())
+    return lambda name: replace(make_checkpoint(name), tokenizer=words)
 
 
 @pytest.mark.parametrize("name", ["bart", "marian", pytest.param("t5", marks=pytest.mark.slow)])
