@@ -7,7 +7,6 @@ memory is asked for after the rounds, before the scoring, whose logits need memo
 
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -154,7 +153,7 @@ def _start_once(peer: Peer, batch: list[list[int]], settings: Settings) -> float
     with open_process(peer, settings.threads) as process:
         ask_load(process, peer, settings.threads, settings.timeout)
         ask_run(process, batch, 0, settings.timeout)
-        return time.perf_counter() - process.started
+        return process.age()
 
 
 def _bandwidth(rows: Sequence[Row], threads: int) -> float:

@@ -98,6 +98,10 @@ class PeerProcess:
             raise PeerError(_one_line(str(answer["error"])))
         return answer
 
+    def age(self) -> float:
+        """Seconds since it was started."""
+        return time.perf_counter() - self.started
+
     def pause(self) -> None:
         """Stop all threads until ``resume``."""
         self._signal(signal.SIGSTOP)
