@@ -3,10 +3,10 @@
     python -m gemini.vit_report OUTPUT
 
 It learns the handwritten digits of scikit-learn (the test set of UCI's "Optical Recognition of Handwritten
-Digits", CC BY 4.0; 8 x 8 pixels, enlarged by its image processor), from the even half of them; the odd half is
-for test. OUTPUT receives the checkpoint, a folder of images to calibrate
-on and one bundle a recipe; a checkpoint that lies there is used again. Latencies are of single images, the
-bundles taking turns. The last line of standard output is JSON.
+Digits", CC BY 4.0; 8 x 8 pixels, enlarged by its image processor), from the even half of them; the odd half
+is for test. OUTPUT receives the checkpoint, a folder of images to calibrate on and one bundle a recipe; a
+checkpoint that lies there is used again. Latencies are of single images, the bundles taking turns. The last
+line of standard output is JSON.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_every_recipe_is_measured_on_the_test_half(tmp_path, monkeypatch, capsys
     session = load(tmp_path / "int8-static", threads=1)
     answers = session.classify(few[1].pictures())
     pairs = zip(answers, few[1].labels, strict=True)
-    right = sum(labels[0].name == f"LABEL_{digit}" for labels, digit in pairs)
+    right = sum(labels[0].label == f"LABEL_{digit}" for labels, digit in pairs)
     assert found["rows"][2]["accuracy"] == pytest.approx(100 * right / 40)
     assert all(row["ms"] > 0 and row["size_mb"] > 0 for row in found["rows"])
     before = (tmp_path / "vit" / "model.safetensors").stat().st_mtime_ns
