@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gemini.compress.apply import run_recipe
 from gemini.compress.recipe import Recipe
 from gemini.compress.specs import QuantizeInt4
 from gemini.errors import GeminiEdgeError
-from gemini.export.bundle import check_output, commit, describe, staging, write_manifest
+from gemini.export.bundle import check_output, commit, describe, staging, write_companions, write_manifest
 from gemini.export.exporter import export_checkpoint
 from gemini.model.checkpoint import Checkpoint
 
@@ -31,15 +32,16 @@ SIZES = {
     "135m": (576, 1536, 30, 9, 3),
     "360m": (960, 2560, 32, 15, 5),
 }
+VOCABULARY = 49_152
 RECIPE = Recipe("int4, nearest", (QuantizeInt4(fit="nearest"),))
 
 
 def random_checkpoint(name: str) -> Checkpoint:
-    """A Llama with seeded random weights and a vocabulary of 49,152, but no tokenizer."""
+    """A Llama with seeded random weights, whose tokens are the numbers below VOCABULARY."""
     hidden, inner, layers, heads, kv_heads = SIZES[name]
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49_152,
+        vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -48,9 +50,14 @@ def random_checkpoint(name: str) -> Checkpoint:
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
+    words = Tokenizer(models.WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     source = {"kind": "random", "name": name, "sha256": "", "licence": "none: random numbers"}
-    return Checkpoint(f"random-{name}", "text-generation", "decoder", model, None, None, None, 4096, source)
+    return Checkpoint(
+        f"random-{name}", "text-generation", "decoder", model, tokenizer, None, None, 4096, source
+    )
 
 
 def make_bundle(name: str, output: Path) -> None:
@@ -60,6 +67,7 @@ def make_bundle(name: str, output: Path) -> None:
     with staging(output) as folder:
         run_recipe(checkpoint, RECIPE, None, progress=False)
         exported = export_checkpoint(checkpoint, folder, progress=False)
+        write_companions(checkpoint, folder)
         write_manifest(folder, describe(checkpoint, exported) | {"recipe": RECIPE.to_dict()})
         commit(folder, output)
 
