@@ -10,6 +10,7 @@ TINY = {f"{n}": (64 * n, 128 * n, n, 2 * n, n) for n in (1, 2, 3, 4)}
 
 def test_random_bundles_are_made_measured_and_fitted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(random_bundles, "SIZES", TINY)
+    monkeypatch.setattr(random_bundles, "VOCABULARY", 512)
     for name, value in (("CONTEXTS", (4, 8, 5000)), ("STARTS", 1), ("NEW", 3)):
         monkeypatch.setattr(scaling, name, value)
     assert random_bundles.main([str(tmp_path)]) == 0
