@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from gemini.benchmarks.bench import run_bench
 from gemini.pipeline import compress_model
 from gemini.runtime import ImageClassifier, load
 
@@ -39,7 +38,7 @@ PATCHES, WHOLE_EPOCHS = 24, 1
 WAVES = 0.3  # of the positions at the start, beside patches of about that size
 SHIFT = 5  # pixels that a training image is moved at most
 CALIBRATION = 100
-ROUNDS, CALLS = 40, 5
+ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Digits:
 @dataclass(frozen=True)
 class Row:
     """One bundle: percent of the test digits it reads, megabytes, median milliseconds of an image, and how
-    many times faster than the first bundle (median over rounds)."""
+    many times as fast as the first bundle that is."""
 
     name: str
     accuracy: float
@@ -158,32 +157,25 @@ def write_images(folder: Path, images: Sequence[NDArray[np.uint8]]) -> None:
 
 
 def measure(bundles: Mapping[str, Path], digits: Digits, threads: int | None = None) -> list[Row]:
-    """Accuracy on all digits, then latencies: every round calls each bundle CALLS times."""
-    sessions = {name: open_classifier(path, threads) for name, path in bundles.items()}
-    pixels = next(iter(sessions.values())).preprocess(digits.pictures())
-    accuracy = {
-        name: float((in_batches(session, pixels).argmax(1) == digits.labels).mean())
-        for name, session in sessions.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(ROUNDS):
-        for name, session in sessions.items():
-            session.logits(pixels[:1])
-            start = time.perf_counter()
-            for index in range(CALLS):
-                session.logits(pixels[index : index + 1])
-            seconds[name].append((time.perf_counter() - start) / CALLS)
-    first = seconds[next(iter(seconds))]
+    """Accuracy on all digits, and times of single images with the bundles taking turns."""
+    accuracy = {name: right_share(open_classifier(path, threads), digits) for name, path in bundles.items()}
+    timed = run_bench(list(bundles.values()), threads=threads, repeat=ROUNDS)["bundles"]
     return [
         Row(
             name,
             round(100 * accuracy[name], 2),
-            round(sum(file.stat().st_size for file in path.iterdir()) / 1e6, 2),
-            round(1e3 * median(seconds[name]), 3),
-            round(median(a / b for a, b in zip(first, seconds[name], strict=True)), 2),
+            round(result["size_mb"], 2),
+            round(result["latency"]["points"][0]["ms"]["p50"], 3),
+            round(result["ratio"]["speed"], 2),
         )
-        for name, path in bundles.items()
+        for name, result in zip(bundles, timed, strict=True)
     ]
+
+
+def right_share(session: ImageClassifier, digits: Digits) -> float:
+    """The share of the digits that are read right."""
+    logits = in_batches(session, session.preprocess(digits.pictures()))
+    return float((logits.argmax(1) == digits.labels).mean())
 
 
 def open_classifier(bundle: Path, threads: int | None) -> ImageClassifier:
@@ -216,7 +208,6 @@ def main(arguments: Sequence[str]) -> int:
         bundles[recipe] = output / recipe
         images = str(output / "images")
         compress_model(str(output / "vit"), bundles[recipe], recipe, calibration=images, force=True)
-    torch.set_num_threads(1)  # torch's own idle threads would poll beside the sessions
     rows = measure(bundles, test)
     for row in rows:
         figures = f"{row.accuracy:6.2f} %  {row.size_mb:6.2f} MB  {row.ms:7.2f} ms  {row.speed:5.2f} x"

@@ -88,7 +88,7 @@ def quantize_cache(
         for index, (pair, own) in enumerate(zip(last, scales.pairs(), strict=True))
         for kind, x, steps in zip(("key", "value"), pair, own, strict=True)
     ]
-    return PassReport(spec.type, spec.to_dict(), layers, [], 8.0, len(windows), 0.0)
+    return PassReport(spec.type, spec.to_dict(), layers, [], None, len(windows), 0.0)
 
 
 def _caches(model: nn.Module, windows: Sequence[Window], progress: bool) -> Iterator[tuple[Pairs, Pairs]]:

@@ -44,7 +44,7 @@ class PassReport:
     options: dict[str, Any]
     layers: list[LayerReport]
     skipped: list[Skipped]
-    bits_per_weight: float
+    bits_per_weight: float | None  # None: no weight was changed
     calibration_windows: int
     seconds: float
     folded: Sequence[str] = ()
