@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import re
 import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -18,10 +21,11 @@ from gemini.runtime.fields import damaged
 from gemini.runtime.manifest import MAX_MANIFEST_BYTES, parse_manifest, seal
 from gemini.runtime.schema import Manifest
 
-__all__ = ["Bundle", "file_digest", "read_bundle", "safe_member", "seal"]
+__all__ = ["Bundle", "file_digest", "hashed_meanwhile", "read_bundle", "safe_member", "seal"]
 
 MANIFEST_NAME = "manifest.json"
 _MAX_TEXT_BYTES = 256 << 20
+_WEIGHTS = ".onnx.data"
 _COMPANIONS = {
     "decoder": "tokenizer.json",
     "encoder": "tokenizer.json",
@@ -78,6 +82,11 @@ def read_bundle(path: str | Path, verify: bool = True) -> Bundle:
     ``verify=False`` skips only the hashing of the files; paths, sizes and the manifest's digest are still
     checked.
     """
+    return _read(path, lambda name: verify)
+
+
+def _read(path: str | Path, hashed: Callable[[str], bool]) -> Bundle:
+    """``hashed`` says of a file whether its hash is compared."""
     root = Path(path)
     try:
         is_folder = root.is_dir()
@@ -99,14 +108,46 @@ def read_bundle(path: str | Path, verify: bool = True) -> Bundle:
         file = _regular(root, name)
         if _size(file, name) != entry.size:
             raise damaged(f"{name} has {_size(file, name)} bytes instead of {entry.size}")
-        if verify and file_digest(file) != entry.sha256:
-            raise damaged(f"{name} does not match its sha256")
+    _check_digests(root, manifest, filter(hashed, manifest.files))
     for name in manifest.graphs.values():
         try:
             check_external_data(safe_member(root, name), name, frozenset(manifest.files))
         except OSError as error:
             raise damaged(f"{name} cannot be read ({error.strerror})") from error
     return Bundle(root, manifest)
+
+
+@contextmanager
+def hashed_meanwhile(path: str | Path, verify: bool = True) -> Iterator[Bundle]:
+    """A bundle to load while its weights are hashed in another thread; all other files are hashed before.
+
+    To whoever loads them weights are numbers, whatever they are. When the block ends all files are known to
+    be whole: BundleError if one is not, in place of any other error of the block.
+    """
+    bundle = _read(path, lambda name: verify and not name.endswith(_WEIGHTS))
+    weights = [name for name in bundle.manifest.files if verify and name.endswith(_WEIGHTS)]
+    problems: list[BundleError] = []
+
+    def check() -> None:
+        try:
+            _check_digests(bundle.path, bundle.manifest, weights)
+        except BundleError as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    try:
+        yield bundle
+    finally:
+        thread.join()
+        if problems:
+            raise problems[0]
+
+
+def _check_digests(root: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    for name in names:
+        if file_digest(root / name) != manifest.files[name].sha256:
+            raise damaged(f"{name} does not match its sha256")
 
 
 def safe_member(root: str | Path, name: str) -> Path:

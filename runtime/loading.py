@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemini.runtime.bundle import read_bundle
+from gemini.runtime.bundle import hashed_meanwhile
 from gemini.runtime.encoder import Embedder, TextClassifier
 from gemini.runtime.seq2seq import Seq2SeqGenerator
 from gemini.runtime.session import open_graph
@@ -33,9 +33,11 @@ def load(
     allow; ``verify=False`` skips hashing the files (paths, sizes and the manifest are always checked);
     ``spinning=False`` trades speed for idle cores between operators. Raises BundleError or DeviceError.
     """
-    opened = read_bundle(bundle, verify)
-    manifest = opened.manifest
-    if manifest.family == "encoder-decoder":
-        graphs = {name: open_graph(opened, name, device, threads, spinning) for name in manifest.graphs}
-        return Seq2SeqGenerator(opened, graphs)
-    return _SESSIONS[manifest.task](opened, open_graph(opened, manifest.family, device, threads, spinning))
+    with hashed_meanwhile(bundle, verify) as opened:
+        manifest = opened.manifest
+        if manifest.family == "encoder-decoder":
+            graphs = {name: open_graph(opened, name, device, threads, spinning) for name in manifest.graphs}
+            return Seq2SeqGenerator(opened, graphs)
+        return _SESSIONS[manifest.task](
+            opened, open_graph(opened, manifest.family, device, threads, spinning)
+        )

@@ -84,8 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache",
         choices=("int8",),
-        help="store keys and values of past tokens in 8 bits: a quarter of the memory, and faster the longer "
-        "the text",
+        help="store keys and values of past tokens in 8 bits: a quarter of the memory, and decoding that is "
+        "faster the longer the text; prompts are read more slowly",
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle that already lies at DIR")
     search = parser.add_argument_group("search")

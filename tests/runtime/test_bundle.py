@@ -6,10 +6,12 @@ import os
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 
 from gemini.errors import BundleError, GeminiEdgeError
 from gemini.runtime import load, read_bundle, safe_member, seal
+from gemini.runtime.bundle import hashed_meanwhile
 from gemini.runtime.manifest import parse_manifest
 
 
@@ -64,6 +66,29 @@ def test_200_single_byte_corruptions_are_all_refused(new_decoder):
             read_bundle(path)
         file.write_bytes(original)
     read_bundle(path)
+
+
+def test_weights_that_change_are_noticed_though_they_are_loaded_meanwhile(new_decoder):
+    path = new_decoder().path
+    graph, weights = path / "decoder.onnx", path / "decoder.onnx.data"
+    onnx.save(onnx.load(graph), graph, save_as_external_data=True, location=weights.name, size_threshold=256)
+    entries = {
+        file.name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "size": file.stat().st_size}
+        for file in (graph, weights)
+    }
+    reseal(path, lambda document: document["files"].update(entries))
+    original, rng = weights.read_bytes(), np.random.default_rng(1)
+    for _ in range(20):
+        changed = bytearray(original)
+        changed[rng.integers(len(changed))] ^= 1 << int(rng.integers(8))
+        weights.write_bytes(changed)
+        with pytest.raises(BundleError, match=f"{weights.name} does not match"):
+            load(path, threads=1)
+        with pytest.raises(BundleError, match="does not match"), hashed_meanwhile(path):
+            raise ValueError("what goes wrong with such weights")
+        load(path, threads=1, verify=False)
+    weights.write_bytes(original)
+    assert load(path, threads=1).generate_ids([[5, 6]])
 
 
 def test_random_manifests_never_escape_as_another_error(new_decoder):

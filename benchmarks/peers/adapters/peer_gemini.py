@@ -6,7 +6,7 @@ import numpy as np
 from wire import greedy, nll_of, serve, versions_of
 
 from gemini.benchmarks.contestants import bytes_per_token
-from gemini.runtime.bundle import read_bundle
+from gemini.runtime.bundle import hashed_meanwhile
 from gemini.runtime.checks import check_graph
 from gemini.runtime.decoder import Decoder
 from gemini.runtime.schema import DecoderModel
@@ -16,11 +16,11 @@ from gemini.runtime.session import open_graph
 
 class Gemini:
     def __init__(self, path: str, threads: int) -> None:
-        bundle = read_bundle(path)
-        model = bundle.manifest.model
-        if not isinstance(model, DecoderModel):
-            raise ValueError("only text generators are compared")
-        self._model, self._graph = model, open_graph(bundle, "decoder", "cpu", threads)
+        with hashed_meanwhile(path) as bundle:
+            model = bundle.manifest.model
+            if not isinstance(model, DecoderModel):
+                raise ValueError("only text generators are compared")
+            self._model, self._graph = model, open_graph(bundle, "decoder", "cpu", threads)
         check_graph(self._graph, model)
         self.versions = versions_of("gemini-edge", "onnxruntime", "numpy")
         self.bytes_per_token: int | None = bytes_per_token(bundle)
