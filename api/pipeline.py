@@ -45,6 +45,8 @@ from gemini.self_text import SEED, sampled_windows
 CALIBRATION_WINDOWS, CALIBRATION_WINDOW = 12, 256
 # A step of 64 rows takes a fifth longer than one of 16.
 SAMPLES, SAMPLE_LENGTH = 64, 128
+# Windows of the built-in text beside them: technical English, which a model's own samples hold little of.
+BESIDE = SAMPLES // 2
 CALIBRATION_SENTENCES = 100
 _NAMED = 5  # layers in the message of a gate that failed
 
@@ -115,7 +117,8 @@ def compress_model(
         described: dict[str, Any] = {}
         if planned or extra or _looks_at_activations(chosen):
             with stages("calibration text"):
-                windows, described = calibration_windows(checkpoint, given, progress)
+                own = planned or bool(extra) or _rounds_by_activations(chosen)
+                windows, described = calibration_windows(checkpoint, given, progress, own)
         feeds = calibration_feeds(checkpoint, windows)
         planner = None
         if planned:
@@ -297,6 +300,11 @@ def _looks_at_activations(recipe: Recipe) -> bool:
     )
 
 
+def _rounds_by_activations(recipe: Recipe) -> bool:
+    """Whether text of the model's own kind pays, a minute's work; what only weighs features bears any."""
+    return any(not isinstance(spec, QuantizeInt4) or spec.gptq or spec.awq for spec in recipe.specs)
+
+
 def _calibration_source(path: str) -> TextSource | Path:
     """The user's text, or the folder of images."""
     return Path(path) if Path(path).is_dir() else _users_text(path)
@@ -309,13 +317,17 @@ def _only_text(given: TextSource | Path | None) -> TextSource | None:
 
 
 def calibration_windows(
-    checkpoint: Checkpoint, given: TextSource | Path | None = None, progress: bool = True
+    checkpoint: Checkpoint,
+    given: TextSource | Path | None = None,
+    progress: bool = True,
+    own: bool = True,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Windows of token ids (1, S), or batches of pixels, to calibrate on, and what to report about them.
 
     Of the user's text, or folder of images, where there is one. Else a decoder calibrates on what it writes
-    itself, which is nearer to what it was trained on than any text at hand, other models on the built-in
-    text, and image models on nothing. UsageError for a text where images are needed, or the other way round.
+    itself (``own``), which is nearer to what it was trained on than any text at hand, and on some of the
+    built-in text; other models on the built-in text, and image models on nothing. UsageError for a text where
+    images are needed, or the other way round.
     """
     if checkpoint.family == "vision":
         if isinstance(given, TextSource):
@@ -324,21 +336,24 @@ def calibration_windows(
             return [], {}
         images, count = image_windows(checkpoint, given)
         return images, {"name": given.name, "images": count}
-    windows, described = _token_windows(checkpoint, _only_text(given), progress)
+    windows, described = _token_windows(checkpoint, _only_text(given), progress, own)
     return windows, {**described, "tokens": sum(window.size for window in windows)}
 
 
 def _token_windows(
-    checkpoint: Checkpoint, text: TextSource | None, progress: bool
+    checkpoint: Checkpoint, text: TextSource | None, progress: bool, own: bool
 ) -> tuple[list[NDArray[np.int64]], dict[str, Any]]:
     if checkpoint.tokenizer is None:
         return [], {}
-    if text is None and checkpoint.family == "decoder":
+    built_in = default_text()
+    shipped = TextSource(f"{built_in.name}, first half", built_in.calibration)
+    if text is None and own and checkpoint.family == "decoder":
         windows = sampled_windows(checkpoint, SAMPLES, SAMPLE_LENGTH, progress=progress)
-        return windows, {"name": "sampled from the model itself", "seed": SEED}
-    if text is None:
-        built_in = default_text()
-        text = TextSource(f"{built_in.name}, first half", built_in.calibration)
+        beside = text_windows(checkpoint, shipped, BESIDE, SAMPLE_LENGTH)
+        # In turn, as some passes look at the first few windows alone.
+        mixed = [each for three in zip(windows[::2], windows[1::2], beside, strict=False) for each in three]
+        return mixed, {"name": f"sampled from the model itself, and {shipped.name}", "seed": SEED}
+    text = text or shipped
     if checkpoint.family == "encoder":
         return sentence_windows(checkpoint, text, CALIBRATION_SENTENCES), text.to_dict()
     return text_windows(checkpoint, text, CALIBRATION_WINDOWS, CALIBRATION_WINDOW), text.to_dict()

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from gemini.benchmarks.text import TextSource
+from gemini.benchmarks.text import TextSource, default_text
 from gemini.compress.adapters import adapted
 from gemini.compress.dense import dense_weights
 from gemini.compress.distill import Distillation, distill
@@ -32,7 +32,7 @@ from gemini.samples import text_windows
 from gemini.self_text import SEED, sampled_windows
 
 ROWS, LENGTH = 64, 128  # of one sampling; longer rows cost more in attention and teach no more
-MINUTES_A_SAMPLING = 4.0  # of the time given: sampling takes about one of them
+MINUTES_A_SAMPLING = 8.0  # of the time given: sampling takes about one of them
 MOST_SAMPLINGS, MOST_ROWS = 16, 8192
 HELD_OUT = 16  # rows
 STATES = 1.0  # the weight of hidden states beside logits, where whole weights learn
@@ -63,7 +63,8 @@ class Recovery:
 def make_lessons(
     checkpoint: Checkpoint, text: TextSource | None, minutes: float, progress: bool = True
 ) -> Lessons:
-    """Text to recover on: the user's, else what the unquantized model writes, the more the longer it takes.
+    """Text to recover on: the user's, else what the unquantized model writes, the more the longer it takes,
+    and as much of the built-in text.
 
     UsageError for a model that does not generate, impossible minutes, or a text that is too short.
     """
@@ -80,12 +81,23 @@ def make_lessons(
         described = text.to_dict()
     else:
         count = min(MOST_SAMPLINGS, max(1, round(minutes / MINUTES_A_SAMPLING)))
-        windows = [
+        sampled = [
             window
             for seed in range(SEED, SEED + count)  # the first one is what calibration uses
             for window in sampled_windows(checkpoint, ROWS, LENGTH, seed=seed, progress=progress)
         ]
-        described = {"name": "sampled from the model itself", "seeds": [SEED, SEED + count - 1]}
+        built_in = default_text()
+        shipped = TextSource(f"{built_in.name}, first half", built_in.calibration)
+        beside = text_windows(checkpoint, shipped, len(sampled), LENGTH)
+        # The last ones are held out: some of each.
+        windows = [
+            *sampled[len(beside) :],
+            *(each for two in zip(sampled, beside, strict=False) for each in two),
+        ]
+        described = {
+            "name": f"sampled from the model itself, and {shipped.name}",
+            "seeds": [SEED, SEED + count - 1],
+        }
     if len(windows) < 2 * HELD_OUT:
         raise UsageError(
             f"The text has {len(windows)} rows of {LENGTH} tokens, too few to recover on.",

@@ -11,15 +11,28 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from gemini.compress.awq import Group, fold_awq, fold_divisors, fold_smoothing
 from gemini.compress.cache import quantize_cache
 from gemini.compress.calibrate import Window, collect_input_moments
+from gemini.compress.dense import dense_weights
 from gemini.compress.fold import fold_batch_norms
-from gemini.compress.layers import Bnb4, Channels, Integers, make_conv, make_copy, make_linear, make_table
+from gemini.compress.layers import (
+    Bnb4,
+    Channels,
+    Integers,
+    make_conv,
+    make_copy,
+    make_linear,
+    make_table,
+    rounded,
+)
+from gemini.compress.modules import QuantizedEmbedding
 from gemini.compress.plan import FORMATS, MOMENT_WINDOWS, plan_formats, scan_formats
+from gemini.compress.quantize import Quantized
 from gemini.compress.ranges import Codes
 from gemini.compress.recipe import Recipe
 from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
@@ -37,7 +50,7 @@ from gemini.compress.specs import (
     Spec,
 )
 from gemini.compress.static import convolution_codes, has_integer_operator, input_codes
-from gemini.compress.stream import stream
+from gemini.compress.stream import second_moment, stream
 from gemini.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -101,10 +114,12 @@ def quantize_int4(
     linear = Integers(4, spec.block_size, spec.symmetric, spec.fit)
     folds = fold_awq(model, windows, selection.linears, linear, progress) if spec.awq and windows else {}
     moments: dict[str, Tensor] = {}
-    if windows and (spec.fit == "moments" or spec.sensitive_share or spec.gptq):
+    if windows and (spec.sensitive_share or (spec.fit == "moments" and not spec.gptq)):
         moments = collect_input_moments(model, windows, selection.linears, progress)
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
     table = Integers(spec.embedding_bits, spec.embedding_block_size)
+    if spec.embedding_bits == 4:
+        table = replace(table, symmetric=spec.symmetric, fit=spec.fit)
     again = windows if spec.gptq else ()
     report = _edit(model, spec, selection, formats, table, moments, progress, spec.sensitive_share, again)
     return replace(
@@ -136,7 +151,7 @@ def quantize_mixed(
     table = FORMATS[chosen[end]] if end in chosen else None
     if table is None:
         selection = replace(selection, embedding=None, head=None, copies=())
-    watched = [*formats, *([selection.head] if selection.head else [])]
+    watched = [*(() if spec.gptq else formats), *([selection.head] if selection.head else [])]
     moments = collect_input_moments(model, windows[:MOMENT_WINDOWS], watched, progress, every_logit=True)
     again = windows if spec.gptq else ()
     report = _edit(
@@ -227,8 +242,8 @@ def _edit(
     codes: Mapping[str, Codes] = MappingProxyType({}),
     ends: Mapping[str, tuple[Codes, Codes]] = MappingProxyType({}),
 ) -> PassReport:
-    """Pack every selected layer, those in stacks of blocks with GPTQ where there are ``windows``, and put the
-    packed ones into the model.
+    """Pack every selected layer, those in stacks of blocks with GPTQ where there are ``windows``, the others
+    then weighed by ``windows`` too, and put the packed ones into the model.
 
     The most sensitive are widened first: which those are is known once all have been packed without GPTQ.
     """
@@ -251,12 +266,20 @@ def _edit(
         formats = {**formats, **dict.fromkeys(wide, Integers(8, table.block_size))}
         pack(wide)
     for block in stream(model, windows, formats, progress=progress) if windows else ():
+        together = _rounded_together(model, block.hessians, formats)
         for name, hessian in block.hessians.items():
-            packed[name] = _pack(model, name, formats[name], hessian=hessian)
+            packed[name] = _pack(model, name, formats[name], hessian.diagonal(), together.get(name))
             _replace(model, model.get_submodule(name), packed[name][0])
-    pack([name for name in formats if name not in packed])
+    rest = [name for name in formats if name not in packed]
+    if windows and rest:
+        moments = {**moments, **collect_input_moments(model, windows, rest, progress)}
+    pack(rest)
     reports = [packed[name][1] for name in formats]
-    layers = [*_edit_ends(model, selection, table, moments), *reports]
+    seen = None
+    if windows and selection.head and table.bits == 4:
+        with dense_weights(model):
+            seen = second_moment(model, windows, selection.head)
+    layers = [*_edit_ends(model, selection, table, moments, seen), *reports]
     layers += _edit_convolutions(model, selection, ends)
     for name, (new, _) in packed.items():
         _replace(model, model.get_submodule(name), new)
@@ -270,18 +293,35 @@ def _pack(
     name: str,
     form: Format,
     importance: Tensor | None = None,
-    hessian: Tensor | None = None,
+    made: Quantized | None = None,
     divisor: Tensor | None = None,
     input_codes: Codes | None = None,
 ) -> tuple[nn.Module, LayerReport]:
     old = model.get_submodule(name)
     weight = weight_of(old)
-    new = make_linear(
-        weight, old.bias, form, importance, hessian=hessian, divisor=divisor, input_codes=input_codes
-    )
-    if hessian is not None:
-        importance = hessian.diagonal()
+    new = make_linear(weight, old.bias, form, importance, made, divisor, input_codes)
     return new, layer_report(name, "linear", weight, new, importance)
+
+
+def _rounded_together(
+    model: nn.Module, hessians: Mapping[str, Tensor], formats: Mapping[str, Format]
+) -> dict[str, Quantized]:
+    """What GPTQ makes of each layer with integer blocks.
+
+    Layers that read one tensor (query, key and value) are one weight to it: rows are independent, and one
+    tall weight takes as many steps as one of them.
+    """
+    groups: dict[tuple[int, Integers], list[str]] = {}
+    for name, hessian in hessians.items():
+        form = formats[name]
+        if isinstance(form, Integers):
+            groups.setdefault((id(hessian), form), []).append(name)
+    made: dict[str, Quantized] = {}
+    for (_, form), names in groups.items():
+        weights = [weight_of(model.get_submodule(name)) for name in names]
+        whole = rounded(torch.cat(weights), hessians[names[0]], form)
+        made.update(zip(names, whole.split([len(weight) for weight in weights]), strict=True))
+    return made
 
 
 def most_sensitive(layers: Sequence[LayerReport], share: float) -> list[str]:
@@ -301,22 +341,32 @@ def most_sensitive(layers: Sequence[LayerReport], share: float) -> list[str]:
 
 
 def _edit_ends(
-    model: nn.Module, selection: Selection, table: Integers, moments: Mapping[str, Tensor]
+    model: nn.Module,
+    selection: Selection,
+    table: Integers,
+    moments: Mapping[str, Tensor],
+    hessian: Tensor | None = None,
 ) -> Iterator[LayerReport]:
-    """Quantize token embedding and head; when tied, the head is built on the embedding's own buffers."""
+    """Quantize token embedding and head; when tied, the head is built on the embedding's own buffers.
+
+    ``hessian``: of the head's inputs, for GPTQ.
+    """
     shared = None
     importance = moments.get(selection.head or "")
     if selection.embedding:
         old = model.get_submodule(selection.embedding)
-        weighing = importance if selection.tied else None
-        shared = make_table(weight_of(old), table, selection.scale_by, weighing)
+        weighing = (importance, hessian) if selection.tied else (None, None)
+        shared = make_table(weight_of(old), table, selection.scale_by, *weighing)
         yield layer_report(selection.embedding, "embedding", weight_of(old), shared, None)
     if selection.head:
         head = model.get_submodule(selection.head)
-        twin = shared if selection.tied else None
+        twin: QuantizedEmbedding | Quantized | None = shared if selection.tied else None
+        if twin is None and hessian is not None:
+            twin = rounded(weight_of(head), hessian, table)
         new = make_linear(weight_of(head), head.bias, table, importance, twin)
-        report = layer_report(selection.head, "tied head" if twin else "head", weight_of(head), new, None)
-        yield replace(report, parameters=0, bytes=0) if twin else report
+        kind = "tied head" if selection.tied else "head"
+        report = layer_report(selection.head, kind, weight_of(head), new, None)
+        yield replace(report, parameters=0, bytes=0) if selection.tied else report
         _replace(model, head, new)
     if selection.embedding and shared is not None:
         _replace(model, old, shared)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 Window: TypeAlias = np.ndarray | Tensor | Mapping[str, Any]
 # SmolLM2-135M, int4 with GPTQ: perplexity +6.8 %; +7.3 % without, +12.8 % with first tokens left out.
 LOUDEST = 3.0
+BATCH_TOKENS = 1024
 
 
 class InputMoments:
@@ -86,17 +87,52 @@ def collect_input_moments(
 ) -> dict[str, Tensor]:
     """E[x^2] of the inputs of the named layers over all windows: {name: float64 (K,)}.
 
-    A window is an int64 array (1, S) of token ids, or a mapping of keyword arguments to arrays. Windows are
-    taken one at a time and nothing but the sums is kept. A layer that no window reaches is absent from the
+    A window is an int64 array (1, S) of token ids, or a mapping of keyword arguments to arrays. They are
+    taken in `batches` and nothing but the sums is kept. A layer that no window reaches is absent from the
     result. The head of a generator sees the last position alone, unless ``every_logit``.
     """
-    with watch_inputs(model, names) as moments, torch.no_grad():
+    with watch_inputs(model, names) as moments, idle_head(model, every_logit), torch.no_grad():
         for window in tqdm(
-            windows, desc="calibrate", unit="window", delay=2, leave=False, disable=not progress
+            batches(windows), desc="calibrate", unit="batch", delay=2, leave=False, disable=not progress
         ):
             model(**as_feed(window), **shortcut(model, every_logit))
     means = {name: moment.mean() for name, moment in moments.items()}
     return {name: mean for name, mean in means.items() if mean is not None}
+
+
+@contextmanager
+def idle_head(model: nn.Module, idle: bool = True) -> Iterator[None]:
+    """Inside the block, the head of a generator does not compute: of a small model it is a fifth of the time,
+    and who calibrates looks at its inputs alone."""
+    head = model.get_output_embeddings() if idle and hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        yield
+        return
+    head.forward = lambda x, *_args, **_kwargs: x[..., :1]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def batches(windows: Iterable[Window]) -> list[Window]:
+    """The same windows, those of token ids that follow each other with one length (1, S) as rows of a batch.
+
+    A batch holds up to BATCH_TOKENS: products of more rows are faster, and nobody looks at a window alone.
+    """
+    made: list[Window] = []
+    for window in windows:
+        ids = None if isinstance(window, Mapping) else torch.as_tensor(window)
+        last = made[-1] if made and isinstance(made[-1], Tensor) else None
+        if ids is None:
+            made.append(window)
+        elif (
+            last is not None and last.shape[1] == ids.shape[1] and last.numel() + ids.numel() <= BATCH_TOKENS
+        ):
+            made[-1] = torch.cat((last, ids))
+        else:
+            made.append(ids)
+    return made
 
 
 def as_feed(window: Window) -> dict[str, Tensor]:

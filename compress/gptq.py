@@ -21,6 +21,7 @@ from gemini.compress.quantize import (
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper's section 3.3
 _PANEL = 64  # features whose updates are gathered before the rest of the weight is touched
+_ROWS = 4096  # of the weight, which are independent: a table of tokens has tens of thousands
 
 
 def gptq(
@@ -48,19 +49,27 @@ def gptq(
     """
     require_finite(weight)
     require_finite(hessian)
-    columns = weight.shape[1]
-    blocks = split_blocks(weight.to(torch.float32), block_size)
+    order = activation_order(hessian)
+    factor = inverse_factor(hessian[order][:, order], damping)
     mass = split_blocks(relative_mass(hessian.diagonal().float()).unsqueeze(0), block_size)
+    parts = [_quantize_rows(rows, mass, order, factor, bits, symmetric, fit) for rows in weight.split(_ROWS)]
+    qweight, scales, zero_points = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Quantized(qweight, scales, None if symmetric else zero_points, bits, block_size, weight.shape[1])
+
+
+def _quantize_rows(
+    weight: Tensor, mass: Tensor, order: Tensor, factor: Tensor, bits: int, symmetric: bool, fit: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes, scales and packed zero points of some rows; ``mass`` is (blocks, size, 1)."""
+    columns = weight.shape[1]
+    blocks = split_blocks(weight.to(torch.float32), mass.shape[1])
     scale, zero_point = fit_qparams(blocks, mass, bits, symmetric, fit)
     # One row a feature, as the columns of the weight are taken in turn.
     scales = scale.double().expand_as(blocks).flatten(0, 1)[:columns]
     zeros = zero_point.double().expand_as(blocks).flatten(0, 1)[:columns]
     codes = zero_point.expand_as(blocks).flatten(0, 1).clone()  # padding stands for 0
-    order = activation_order(hessian)
-    factor = inverse_factor(hessian[order][:, order], damping)
     codes[order] = _round_in_turn(weight.T.double()[order], factor, scales[order], zeros[order], bits).float()
-    packed = pack_blocks(codes.reshape(blocks.shape), scale, zero_point, bits)
-    return Quantized(packed[0], packed[1], None if symmetric else packed[2], bits, block_size, columns)
+    return pack_blocks(codes.reshape(blocks.shape), scale, zero_point, bits)
 
 
 def activation_order(hessian: Tensor) -> Tensor:

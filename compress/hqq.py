@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemini.compress.packing import storable
+
 POWER = 0.7  # p, beta, its growth and the number of rounds are the paper's
 _BETA, _GROWTH, _ROUNDS = 10.0, 1.01, 20
 RANGES = (1.0, 0.93, 0.86, 0.79, 0.72)  # shares of the full range
@@ -28,7 +30,7 @@ def hqq_qparams(blocks: Tensor, scale: Tensor, zero_point: Tensor, bits: int) ->
     best_scale, best_zero = scale, zero_point
     best = _loss(blocks / scale, zero_point, top) * scale.abs() ** POWER
     for share in RANGES:
-        narrow = scale * share
+        narrow = storable(scale * share)
         steps = blocks / narrow
         zero, beta = zero_point, _BETA
         for _ in range(_ROUNDS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from gemini.compress.gptq import gptq
@@ -17,6 +18,10 @@ from gemini.compress.modules import (
 )
 from gemini.compress.quantize import Quantized, quantize, quantize_bnb4, quantize_channels
 from gemini.compress.ranges import Codes
+
+# What look-ups count beside products in a tied table. SmolLM2-135M, 4 bits in blocks of 32, divergence on
+# prose / documentation: 0.0316 / 0.0255 nats with 0, 0.0276 / 0.0240 with 0.3; without GPTQ 0.0475 / 0.0314.
+LOOKUPS = 0.3
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,14 @@ def make_linear(
     bias: Tensor | None,
     form: Integers | Channels | Bnb4,
     importance: Tensor | None = None,
-    shared: QuantizedEmbedding | None = None,
-    hessian: Tensor | None = None,
+    made: QuantizedEmbedding | Quantized | None = None,
     divisor: Tensor | None = None,
     input_codes: Codes | None = None,
 ) -> nn.Module:
-    """The packed layer for a float weight (N, K); with ``shared`` it uses the buffers of that table.
+    """The packed layer for a float weight (N, K), or with ``made`` over buffers that there are already.
 
-    ``hessian``, E[x x^T] of its inputs, makes integer codes those of GPTQ. With a format per channel the
-    inputs are divided by ``divisor`` (K,) and, with ``input_codes``, then rounded to those.
+    With a format per channel the inputs are divided by ``divisor`` (K,) and, with ``input_codes``, then
+    rounded to those.
     """
     rows, columns = weight.shape
     kept = None if bias is None else bias.detach().clone()
@@ -64,31 +68,30 @@ def make_linear(
     if isinstance(form, Bnb4):
         packed, absmax = quantize_bnb4(weight, form.block_size)
         return Bnb4Linear(columns, rows, packed, absmax, form.block_size, NF4, kept)
-    source: QuantizedEmbedding | Quantized
-    if shared is not None:
-        source = shared
-    elif hessian is not None:
-        source = gptq(
-            weight,
-            hessian,
-            bits=form.bits,
-            block_size=form.block_size,
-            symmetric=form.symmetric,
-            fit=form.fit,
-        )
-    else:
-        source = quantized(weight, form, importance)
+    source = quantized(weight, form, importance) if made is None else made
     return QuantizedLinear(
         columns, rows, form.bits, form.block_size, source.qweight, source.scales, source.zero_points, kept
     )
 
 
 def make_table(
-    weight: Tensor, form: Integers, scale_by: float | None, importance: Tensor | None = None
+    weight: Tensor,
+    form: Integers,
+    scale_by: float | None,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> QuantizedEmbedding:
-    """The packed token embedding for a float table (V, D); ``importance`` (D,) as a tied head has it."""
+    """The packed token embedding for a float table (V, D); ``importance`` (D,) as a tied head has it.
+
+    With ``hessian``, E[x x^T] of what a tied head reads, GPTQ rounds for the head and, by a share of the
+    identity, for the rows that are looked up.
+    """
     rows, columns = weight.shape
-    made = quantized(weight, form, importance)
+    if hessian is None:
+        made = quantized(weight, form, importance)
+    else:
+        lookups = LOOKUPS * hessian.diagonal().mean() * torch.eye(columns, dtype=hessian.dtype)
+        made = rounded(weight, hessian + lookups, form)
     return QuantizedEmbedding(
         rows, columns, form.bits, form.block_size, made.qweight, made.scales, made.zero_points, scale_by
     )
@@ -118,4 +121,16 @@ def quantized(weight: Tensor, form: Integers, importance: Tensor | None = None) 
         symmetric=form.symmetric,
         fit=form.fit,
         importance=importance,
+    )
+
+
+def rounded(weight: Tensor, hessian: Tensor, form: Integers) -> Quantized:
+    """The codes that GPTQ chooses for a float weight (N, K), by E[x x^T] of its inputs."""
+    return gptq(
+        weight,
+        hessian,
+        bits=form.bits,
+        block_size=form.block_size,
+        symmetric=form.symmetric,
+        fit=form.fit,
     )

@@ -118,7 +118,7 @@ def scan_formats(
                 own = weight_of(model.get_submodule(ends[1]))
                 smallest[ends[1]] = quantized(own, FORMATS[MIXED_FORMATS[0]], users[1][1]).dequantized()
             parameters += copies * table.numel()
-            measured(smallest, ends[:1])
+            measured(smallest, ends[:1], GPTQ_LEAVES if gptq else 1.0)
             bar.update(len(ends))
     return Scan(choices, parameters)
 

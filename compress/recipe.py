@@ -16,7 +16,7 @@ from gemini.compress.specs import Spec, reject_unknown, spec_from_dict
 from gemini.errors import RecipeError
 from gemini.model.recipe_file import read_recipe
 
-BUILTIN = ("fp32", "int8", "int8-static", "int4", "int4-fast", "nf4")
+BUILTIN = ("fp32", "int8", "int8-static", "int4", "int4-gptq", "int4-fast", "nf4")
 _FOLDER = Path(__file__).parent / "recipes"
 
 

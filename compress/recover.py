@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gemini.compress.modules import QuantizedLinear
-from gemini.compress.packing import pack_4bit, unpack_4bit
+from gemini.compress.packing import pack_4bit, storable, unpack_4bit
 
 _CHUNK = 64  # tokens: their logits stay in the processor's cache
 _SMALL = 1e-3  # the least size of a tensor, for rates: biases may start at 0
@@ -159,7 +159,7 @@ class LearnableLinear(nn.Module):
             self.bits,
             self.block_size,
             pack_4bit(codes) if self.bits == 4 else codes,
-            self.scales * self.gain,
+            storable(self.scales * self.gain),
             self.zero_points,
             None if self.bias is None else self.bias.detach(),
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gemini.compress.modules import Bnb4Linear
+from gemini.compress.packing import scale_bytes
 from gemini.compress.select import Skipped
 
 
@@ -55,12 +56,12 @@ def layer_report(
 ) -> LayerReport:
     """Compare a packed module with the float weight (N, K) that it replaces."""
     bits = 4 if isinstance(module, Bnb4Linear) else getattr(module, "bits", 8)
-    symmetric = getattr(module, "zero_points", None) is None
-    stored = sum(
-        b.numel() * b.element_size() for key, b in module.named_buffers(recurse=False) if key != "bias"
-    )
-    error = relative_error(weight, module.dequantized().flatten(1), importance)
     size = getattr(module, "block_size", None)
+    symmetric = getattr(module, "zero_points", None) is None
+    buffers = {key: each for key, each in module.named_buffers(recurse=False) if key != "bias"}
+    scales = scale_bytes(buffers.pop("scales")) if size is not None and "scales" in buffers else 0
+    stored = scales + sum(each.numel() * each.element_size() for each in buffers.values())
+    error = relative_error(weight, module.dequantized().flatten(1), importance)
     return LayerReport(name, kind, bits, size, symmetric, weight.numel(), stored, error)
 
 

@@ -5,7 +5,7 @@
         ...                                                       # replace layers of the block
 
 Most models are a few stacks of equal blocks. Each block runs alone on what the one before put out, so no more
-is held than one window's activations inside a block and the states between two blocks, whatever the depth.
+is held than one batch's activations inside a block and the states between two blocks, whatever the depth.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gemini.compress.calibrate import Window, as_feed, each_input, hushed, shortcut
+from gemini.compress.calibrate import Window, as_feed, batches, each_input, hushed, idle_head, shortcut
+from gemini.compress.dense import dense_weights
 
 Rows: TypeAlias = dict[str, Tensor]
 
@@ -72,6 +73,7 @@ def stream(
     Between two blocks the changed one runs again, so that the next sees what it will really get. Named layers
     outside of the stacks are in no block. A layer that no window reaches has no statistics.
     """
+    windows = batches(windows)
     for path, stack in find_stacks(model, names):
         calls = record_calls(model, stack, windows)
         if any(len(each) != len(windows) for each in calls):
@@ -94,7 +96,19 @@ def stream(
                     moments.setdefault(name, _Moment()).add(hushed(rows))
             found = {name: moment.mean() for name, moment in moments.items()}
             yield Block(prefix, block, {name: found[leader] for name, leader in leaders.items()})
-            states = [call.run(block, state) for call, state in zip(calls[index], states, strict=True)]
+            with dense_weights(block):  # else every window unpacks them
+                states = [call.run(block, state) for call, state in zip(calls[index], states, strict=True)]
+
+
+def second_moment(model: nn.Module, windows: Sequence[Window], name: str) -> Tensor | None:
+    """E[x x^T] of the inputs of one layer, float64 (K, K), from whole runs of the model; None if none reaches
+    it."""
+    layers, moment = {name: model.get_submodule(name)}, _Moment()
+    with each_input(layers, lambda _, x: moment.add(hushed(x.reshape(-1, x.shape[-1])))), idle_head(model):
+        for window in batches(windows):
+            with torch.no_grad():
+                model(**as_feed(window), **shortcut(model, every_logit=True))
+    return moment.mean() if moment.count else None
 
 
 @dataclass(frozen=True)
@@ -116,8 +130,13 @@ class Call:
 
 
 def record_calls(model: nn.Module, stack: nn.ModuleList, windows: Iterable[Window]) -> list[list[Call]]:
-    """Every call of every block, window by window; states are kept of the first block alone."""
+    """Every call of every block, window by window; states are kept of the first block alone.
+
+    Only the first block computes. The others put out what it did, as nobody looks at their states here, and
+    what else a block is called with (masks, positions) comes from the model around them.
+    """
     calls: list[list[Call]] = [[] for _ in stack]
+    made: list[Any] = []
 
     def recorder(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -133,6 +152,13 @@ def record_calls(model: nn.Module, stack: nn.ModuleList, windows: Iterable[Windo
         block.register_forward_pre_hook(recorder(index), with_kwargs=True)
         for index, block in enumerate(stack)
     ]
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        made[:] = [output]
+
+    handles.append(stack[0].register_forward_hook(keep))
+    for block in list(stack)[1:]:
+        block.forward = lambda *_args, **_kwargs: made[0]
     try:
         with torch.no_grad():
             for window in windows:
@@ -140,6 +166,8 @@ def record_calls(model: nn.Module, stack: nn.ModuleList, windows: Iterable[Windo
     finally:
         for handle in handles:
             handle.remove()
+        for block in list(stack)[1:]:
+            del block.forward
     return calls
 
 

@@ -7,6 +7,7 @@ import onnx_ir.passes.common as common
 from onnxscript.optimizer import fold_constants
 
 from gemini.export.fusions.factors import share_factors
+from gemini.export.fusions.half_scales import halve_scales
 from gemini.export.fusions.layout import drop_no_ops, drop_transpose_pairs, fix_reshapes, join_reshapes
 from gemini.export.fusions.merge_projections import merge_qkv, pack_qkv
 from gemini.export.fusions.rotary_tables import compute_rotary_tables
@@ -16,7 +17,8 @@ from gemini.export.fusions.skip_norm import fuse_skip_norm
 SMALL = 8192
 
 # Layout first: attention and norms only see each other once the reshapes between them are gone. Reshapes
-# become constant before the last clean-up, so that the shape arithmetic behind them dies with it.
+# become constant before the last clean-up, so that the shape arithmetic behind them dies with it. Scales
+# come last: what merges products reads them as constants.
 FUSIONS = (
     drop_transpose_pairs,
     drop_no_ops,
@@ -28,6 +30,7 @@ FUSIONS = (
     merge_qkv,
     fuse_skip_norm,
     compute_rotary_tables,
+    halve_scales,
 )
 
 

@@ -18,10 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from gemini.compress.apply import most_sensitive, settled
 from gemini.compress.calibrate import collect_input_moments, each_input, watch_inputs
 from gemini.compress.gptq import gptq
+from gemini.compress.layers import LOOKUPS
 from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedEmbedding, QuantizedLinear
 from gemini.compress.reports import LayerReport
 from gemini.compress.select import embedding_scale, select_layers
 from gemini.compress.specs import PerBlock, PerChannel, QuantizeInt4, QuantizeInt8, QuantizeNF4
+from gemini.compress.stream import second_moment
 from gemini.errors import RecipeError
 
 
@@ -146,11 +148,11 @@ def test_an_encoder_gets_its_token_table_quantized_too():
 def test_bits_per_weight_counts_scales_and_zero_points():
     model = make_llama()
     (report,) = run(model, QuantizeInt4(block_size=32, embedding_bits=32))
-    # 4 bits + 32 for each scale of 32 weights + 4 for its zero point; 64 columns hold an even number of
+    # 4 bits + 16 for each scale of 32 weights + 4 for its zero point; 64 columns hold an even number of
     # blocks, and down_proj (96 columns, 3 blocks) pads one nibble a row.
     weights = sum(layer.parameters for layer in report.layers)
     padding = 4 * sum(layer.parameters // 96 for layer in report.layers if "down_proj" in layer.name)
-    assert report.bits_per_weight == pytest.approx(4 + 36 / 32 + padding / weights, rel=1e-9)
+    assert report.bits_per_weight == pytest.approx(4 + 20 / 32 + padding / weights, rel=1e-9)
 
 
 def test_relative_error_is_weighted_by_the_moments():
@@ -217,6 +219,26 @@ def test_the_most_sensitive_layers_get_8_bits_within_their_share():
     assert model.get_submodule(worst.name).bits == 8
     errors = {layer.name: layer.relative_error for layer in linears}
     assert all(layer.relative_error < 0.05 * errors[layer.name] for layer in wide)
+
+
+def test_a_tied_table_of_4_bits_is_rounded_for_the_head():
+    """By GPTQ over the head's inputs plus a share of the identity, with the blocks before it quantized."""
+    windows = make_windows(12, 48)
+    spec = QuantizeInt4(block_size=32, gptq=True, embedding_bits=4, embedding_block_size=16)
+    model, original = make_llama(), make_llama()
+    run(model, spec, calibration=windows)
+    body = make_llama()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and name != "lm_head":
+            body.set_submodule(name, module)
+    body.model.embed_tokens = original.model.embed_tokens
+    hessian = second_moment(body, windows, "lm_head")
+    hessian += LOOKUPS * hessian.diagonal().mean() * torch.eye(len(hessian))
+    expected = gptq(original.lm_head.weight, hessian, bits=4, block_size=16).dequantized()
+    table = model.model.embed_tokens
+    assert table.qweight.data_ptr() == model.lm_head.qweight.data_ptr()
+    # Sums in another order may tip a code that lies between two.
+    assert ((table.dequantized() - expected).abs() < 1e-6).float().mean() > 0.99
 
 
 def test_sensitive_layers_are_taken_by_error_while_they_fit():

@@ -141,3 +141,15 @@ def test_values_that_are_not_finite_are_refused(where):
 def test_an_indefinite_hessian_is_refused():
     with pytest.raises(ValueError, match="positive definite"):
         gptq(torch.ones(8, 2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), bits=4, block_size=16)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_layers_of_one_input_may_be_rounded_as_one_weight(symmetric, monkeypatch):
+    weight, hessian = case(24, 96)
+    options = {"bits": 4, "block_size": 32, "symmetric": symmetric}
+    monkeypatch.setattr("gemini.compress.gptq._ROWS", 10)  # rows are taken in pieces too
+    parts = gptq(weight, hessian, **options).split([16, 8])
+    for part, rows in zip(parts, (weight[:16], weight[16:]), strict=True):
+        alone = gptq(rows, hessian, **options)
+        assert torch.equal(part.qweight, alone.qweight) and torch.equal(part.scales, alone.scales)
+        assert part.columns == 96 and torch.equal(part.dequantized(), alone.dequantized())

@@ -71,9 +71,10 @@ def test_round_to_nearest_equals_a_loop(bits, symmetric):
             values = weight[row, block * 16 : block * 16 + 16].double()
             if symmetric:
                 scale, zero = float(values[values.abs().argmax()]) / -(2 ** (bits - 1)), 2 ** (bits - 1)
+                scale = float(np.float16(scale))
             else:
                 low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-                scale = (high - low) / top
+                scale = float(np.float16((high - low) / top))
                 zero = round(-low / scale)
             for column, value in enumerate(values.tolist()):
                 code = min(max(round(value / scale) + zero, 0), top)
@@ -155,8 +156,8 @@ def test_all_zero_and_constant_blocks_are_exact_and_finite():
         for fit in ("moments", "nearest"):
             made = quantize(weight, bits=4, block_size=32, symmetric=symmetric, fit=fit)
             assert bool(torch.isfinite(made.scales).all()) and bool((made.scales != 0).all())
-            # One float32 division and one product: 1e-6 relative.
-            torch.testing.assert_close(made.dequantized(), weight, rtol=1e-6, atol=0)
+            # The scale has the 11 bits of a float16.
+            torch.testing.assert_close(made.dequantized(), weight, rtol=2**-11, atol=0)
 
 
 def test_a_huge_outlier_does_not_make_codes_wrap():
@@ -181,8 +182,30 @@ def test_symmetric_scale_is_signed_so_the_largest_value_is_exact():
     weight = torch.tensor([[0.8] + [0.01] * 15, [-0.8] + [0.01] * 15])
     made = quantize(weight, bits=4, block_size=16, symmetric=True)
     assert made.scales[0, 0] < 0 < made.scales[1, 0]
-    # -8 * (0.8 / -8): exact in float32.
-    np.testing.assert_array_equal(made.dequantized()[:, 0].numpy(), weight[:, 0].numpy())
+    # -8 * (0.8 / -8), of which the scale is rounded to the 11 bits of a float16.
+    np.testing.assert_allclose(made.dequantized()[:, 0].numpy(), weight[:, 0].numpy(), rtol=2**-11)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("symmetric", "fit"), [(True, "moments"), (False, "moments"), (False, "hqq"), (False, "nearest")]
+)
+def test_scales_are_numbers_that_a_float16_holds(bits, symmetric, fit):
+    made = quantize(make_weight(8, 96), bits=bits, block_size=32, symmetric=symmetric, fit=fit)
+    halves = made.scales.numpy().astype(np.float16)
+    np.testing.assert_array_equal(halves.astype(np.float32), made.scales.numpy())
+    codes = made.qweight.numel() + (0 if symmetric else made.zero_points.numel())
+    assert made.nbytes() == codes + 2 * halves.size
+
+
+def test_scales_beyond_a_float16_stay_float32():
+    weight = make_weight(8, 32)
+    weight[0] *= 1e-6
+    made = quantize(weight, bits=4, block_size=32)
+    assert made.nbytes() == made.qweight.numel() + made.zero_points.numel() + 4 * made.scales.numel()
+    np.testing.assert_allclose(
+        made.dequantized()[0].numpy(), weight[0].numpy(), atol=float(made.scales[0, 0]) / 2
+    )
 
 
 def test_ignored_features_do_not_pull_the_scale():

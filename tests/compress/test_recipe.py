@@ -24,7 +24,7 @@ def test_built_in_recipes_load_and_survive_a_round_trip(name):
 
 def test_built_in_recipes_hold_the_pass_they_are_named_after():
     kinds = {name: [type(spec) for spec in load_recipe(name).specs] for name in BUILTIN}
-    four = {"int4": [QuantizeInt4], "int4-fast": [QuantizeInt4], "nf4": [QuantizeNF4]}
+    four = {key: [QuantizeInt4] for key in ("int4", "int4-gptq", "int4-fast")} | {"nf4": [QuantizeNF4]}
     eight = {key: [QuantizeInt8] for key in ("int8", "int8-static")}
     assert kinds == {"fp32": [], **eight, **four}
 

@@ -19,8 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gemini.compress.calibrate import LOUDEST, hushed
-from gemini.compress.stream import find_stacks, stream
+from gemini.compress.calibrate import BATCH_TOKENS, LOUDEST, batches, hushed
+from gemini.compress.stream import find_stacks, second_moment, stream
 from gemini.model.gemini import GeminiConfig, GeminiForConditionalGeneration
 
 WINDOWS = [np.random.default_rng(seed).integers(3, 90, (1, 20)) for seed in range(3)]
@@ -80,13 +80,13 @@ def linears(model: nn.Module) -> list[str]:
 
 
 def inputs_of(model: nn.Module, name: str, windows: list) -> torch.Tensor:
-    """Rows (N, K) that a layer gets from whole runs of the model, the longest of each run scaled down."""
+    """Rows (N, K) that a layer gets from whole runs of the model, the longest of each batch scaled down."""
     rows: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(
         lambda _, args: rows.append(hushed(args[0].detach().flatten(0, -2)))
     )
     with torch.no_grad():
-        for window in windows:
+        for window in batches(windows):
             feed = window if isinstance(window, dict) else {"input_ids": window}
             model(**{key: torch.as_tensor(value) for key, value in feed.items()})
     handle.remove()
@@ -146,3 +146,27 @@ def test_only_the_loudest_rows_are_scaled_down():
     torch.testing.assert_close(made[1:], rows[1:])
     torch.testing.assert_close(made[0], rows[0] / 500 * LOUDEST)
     assert not hushed(torch.zeros(3, 4)).any()
+
+
+def test_windows_of_one_length_become_batches_up_to_a_size():
+    length = BATCH_TOKENS // 2
+    ids = [np.full((1, length), row) for row in range(3)]
+    pair = {"input_ids": ids[0]}
+    made = batches([*ids, pair, ids[1], np.full((1, 7), 9)])
+    shapes = [
+        window["input_ids"].shape if isinstance(window, dict) else tuple(window.shape) for window in made
+    ]
+    assert shapes == [(2, length), (1, length), (1, length), (1, length), (1, 7)]
+    assert made[0][:, 0].tolist() == [0, 1] and made[2] is pair
+
+
+def test_the_moment_of_a_head_needs_no_logits():
+    torch.manual_seed(0)
+    model = llama().eval()
+    x = inputs_of(model, "lm_head", WINDOWS)
+    logits = model(torch.as_tensor(WINDOWS[0])).logits
+    found = second_moment(model, WINDOWS, "lm_head")
+    # Products in float32.
+    torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(torch.as_tensor(WINDOWS[0])).logits, logits)
+    assert second_moment(model, [], "lm_head") is None

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from gemini.export.fusions import factors, layout, merge_projections, skip_norm
+from gemini.export.fusions import factors, half_scales, layout, merge_projections, skip_norm
 from gemini.export.fusions.patterns import new_initializer
 
 F = onnx.TensorProto.FLOAT
@@ -160,3 +160,41 @@ def test_equal_factors_of_one_value_are_applied_once():
 @pytest.mark.parametrize("second", ["Mul(x, e)", "Mul(a, d)"])
 def test_other_factors_and_other_values_keep_their_own(second):
     assert factors.share_factors(_scaled(second).graph) == 0
+
+
+def _blockwise(scales: np.ndarray) -> ir.Model:
+    """Two products and a look-up over one table of 8 rows in 4-bit blocks of 16, as a tied head has them."""
+    attributes = "K=32, N=8, bits=4, block_size=16, accuracy_level=4"
+    model = _model(
+        f"g (float[a,32] x, int64[a] ids, uint8[8,2,8] w, uint8[8,16] t) => (float[a,8] y, float[a,32] e) {{ "
+        f"s = Constant<value = float[8,2] {{{', '.join(map(str, scales.ravel()))}}}>() "
+        f"y = com.microsoft.MatMulNBits<{attributes}>(x, w, s) "
+        "e = com.microsoft.GatherBlockQuantized<bits=4, block_size=16, gather_axis=0, quantize_axis=1>"
+        "(t, ids, s) }"
+    )
+    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model
+
+
+def _blockwise_feeds() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (8, 2, 8)).astype(np.uint8)
+    x = rng.standard_normal((3, 32)).astype(np.float32)
+    return {"x": x, "ids": np.array([5, 0]), "w": codes, "t": codes.reshape(8, 16)}
+
+
+def test_scales_that_a_float16_holds_are_stored_as_one():
+    scales = np.random.default_rng(1).uniform(0.01, 0.1, (8, 2)).astype(np.float16).astype(np.float32)
+    model = _blockwise(scales)
+    before = _run(model, _blockwise_feeds())
+    assert half_scales.halve_scales(model.graph) == 1  # both nodes read the same ones
+    model.graph.initializers.pop(next(v.name for v in model.graph.initializers.values() if not v.uses()))
+    assert [v.dtype for v in model.graph.initializers.values()] == [ir.DataType.FLOAT16]
+    assert _ops(model)["Cast"] == 1
+    for old, new in zip(before, _run(model, _blockwise_feeds()), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_scales_that_a_float16_would_change_stay():
+    model = _blockwise(np.full((8, 2), 0.1, np.float32))
+    assert half_scales.halve_scales(model.graph) == 0 and _ops(model)["Cast"] == 0
