@@ -87,7 +87,8 @@ def scan_formats(
         with _weights(model, smallest):
             pairs = zip(before, windows, strict=False)
             found = sum(divergence(old, predict(model, window)) for old, window in pairs) / len(before)
-        scale = share * found / expected if expected > 0 else share
+        # A divergence of nothing but rounding may even come out negative.
+        scale = share * found / expected if expected > 0 and found > 0 else share
         for name in names:
             choices[name] = [replace(choice, loss=scale * choice.loss) for choice in choices[name]]
 

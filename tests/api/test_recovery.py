@@ -176,8 +176,9 @@ def test_lessons_are_the_users_text_or_the_models_own(llama, text, tmp_path, mon
     own = make_lessons(checkpoint, source, 10, progress=False)
     assert own.rows.shape[1] == own.held_out.shape[1] == 64 and len(own.held_out) == 8
     assert 9 < own.minutes <= 10 and own.described["name"] == "text.txt"
-    sampled = [make_lessons(checkpoint, None, minutes, progress=False) for minutes in (4, 8)]
-    assert [len(each.rows) + 8 for each in sampled] == [64, 128]
+    sampled = [make_lessons(checkpoint, None, minutes, progress=False) for minutes in (8, 16)]
+    # As many rows of the built-in text beside them.
+    assert [len(each.rows) + 8 for each in sampled] == [2 * 64, 2 * 128]
     assert sampled[0].rows[0].tolist() == sampled[1].rows[0].tolist()
     assert sampled[1].held_out.tolist() not in sampled[1].rows.tolist()
 

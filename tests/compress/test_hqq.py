@@ -24,7 +24,7 @@ def slow_block(block, full, start, top):
 
     best = (full, start)
     for share in RANGES:
-        scale, zero, beta = full * share, start, 10.0
+        scale, zero, beta = float(np.float16(full * share)), start, 10.0
         for _ in range(20):
             moved = []
             for w in block:

@@ -111,7 +111,8 @@ def test_gradients_are_those_of_plain_autograd_with_a_straight_through_round(bit
         assert (learning.latent.grad == 0).any() and (learning.latent.grad != 0).any()
     settled = learning.settled()
     with torch.no_grad():
-        torch.testing.assert_close(settled(x), learning(x), rtol=1e-6, atol=1e-5)
+        # Scales are rounded to the 11 bits of a float16.
+        torch.testing.assert_close(settled.dequantized(), learning.weight, rtol=2**-11, atol=0)
 
 
 @pytest.mark.parametrize("codes", [False, True])
@@ -138,7 +139,8 @@ def test_steps_lower_the_divergence_and_leave_the_teacher_and_the_format(codes):
     learned = logits_of(student, windows)
     settle(student)
     assert divergence(learned, known) < 0.7 * start
-    torch.testing.assert_close(logits_of(student, windows), learned, rtol=1e-5, atol=1e-6)
+    # Scales are rounded to the 11 bits of a float16 then.
+    assert divergence(logits_of(student, windows), learned) < 1e-3 * start
     assert {name: (value.shape, value.dtype) for name, value in student.state_dict().items()} == before
     assert isinstance(student.get_input_embeddings(), QuantizedEmbedding)
     assert torch.equal(student.get_input_embeddings().qweight, table)
