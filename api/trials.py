@@ -20,7 +20,7 @@ from gemini.pipeline import compress_model
 from gemini.pruning import prune_checkpoint
 from gemini.runtime.bundle import read_bundle
 
-MILDER = ("fp32", "int8", "int4", "int4-fast")  # each loses more than the one before
+MILDER = ("fp32", "int8", "int4-gptq", "int4-fast", "int4")  # each loses more than the one before
 _FAR = 2.0  # a loss of so many times what is allowed makes what is harsher hopeless
 
 

@@ -210,7 +210,7 @@ class QuantizeMixed:
     def __post_init__(self) -> None:
         number = isinstance(self.target_bpw, int | float) and not isinstance(self.target_bpw, bool)
         if not number or not 4.0 < self.target_bpw <= 32.0:
-            raise RecipeError(f"`target_bpw` is {self.target_bpw!r}.", "Write a number from 4.6 to 8.5.")
+            raise RecipeError(f"`target_bpw` is {self.target_bpw!r}.", "Write a number from 4.4 to 8.3.")
         for name, form in self.formats.items() if isinstance(self.formats, Mapping) else [("formats", None)]:
             if form not in MIXED_FORMATS:
                 raise RecipeError(
