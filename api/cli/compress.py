@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="RECIPE",
-        help="fp32, int8, int8-static, int4, int4-gptq, int4-fast, nf4, or a recipe FILE.toml (default: int8, or "
-        "formats chosen layer by layer where a size or a loss is asked of a generator)",
+        help="fp32, int8, int8-static, int4, int4-gptq, int4-fast, nf4, or a recipe FILE.toml (default: "
+        "int8, or formats chosen layer by layer where a size or a loss is asked of a generator)",
     )
     parser.add_argument(
         "--target-size",
