@@ -2,7 +2,7 @@
 
     python -m gemini.random_bundles FOLDER
 
-They have the recipe int4's formats, rounded to nearest; `gemini.benchmarks.scaling` measures them.
+4-bit blocks of 64 with zero points, rounded to nearest; `gemini.benchmarks.scaling` measures them.
 """
 
 from __future__ import annotations
