@@ -23,7 +23,7 @@ from gemini.benchmarks.host import host_facts
 from gemini.benchmarks.metrics import loss_percent
 from gemini.benchmarks.report import to_plain, write_report
 from gemini.benchmarks.resources import peak_rss_mb
-from gemini.benchmarks.text import TextSource, default_text, read_text
+from gemini.benchmarks.text import TextSource, default_text, read_text, shipped_text
 from gemini.budget import Planner, Target
 from gemini.compress.apply import run_recipe
 from gemini.compress.calibrate import Window
@@ -345,15 +345,14 @@ def _token_windows(
 ) -> tuple[list[NDArray[np.int64]], dict[str, Any]]:
     if checkpoint.tokenizer is None:
         return [], {}
-    built_in = default_text()
-    shipped = TextSource(f"{built_in.name}, first half", built_in.calibration)
     if text is None and own and checkpoint.family == "decoder":
         windows = sampled_windows(checkpoint, SAMPLES, SAMPLE_LENGTH, progress=progress)
+        shipped = shipped_text()
         beside = text_windows(checkpoint, shipped, BESIDE, SAMPLE_LENGTH)
         # In turn, as some passes look at the first few windows alone.
         mixed = [each for three in zip(windows[::2], windows[1::2], beside, strict=False) for each in three]
         return mixed, {"name": f"sampled from the model itself, and {shipped.name}", "seed": SEED}
-    text = text or shipped
+    text = text or shipped_text()
     if checkpoint.family == "encoder":
         return sentence_windows(checkpoint, text, CALIBRATION_SENTENCES), text.to_dict()
     return text_windows(checkpoint, text, CALIBRATION_WINDOWS, CALIBRATION_WINDOW), text.to_dict()

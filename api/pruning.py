@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gemini.benchmarks.report import to_plain
-from gemini.benchmarks.text import TextSource, default_text, read_text
+from gemini.benchmarks.text import TextSource, default_text, read_text, shipped_text
 from gemini.compress.calibrate import Window
 from gemini.compress.depth import prune_layers
 from gemini.compress.prune import prune_units
@@ -70,7 +70,7 @@ def prune_checkpoint(
     evaluation = TextSource(Path(eval_text).name, read_text(eval_text)) if eval_text else None
     evaluation = evaluation or TextSource(f"{built_in.name}, second half", built_in.evaluation)
     learning = TextSource(Path(calibration).name, read_text(calibration)) if calibration else None
-    learning = learning or TextSource(f"{built_in.name}, first half", built_in.calibration)
+    learning = learning or shipped_text()
     checkpoint = load_checkpoint(source, task)
     recovery = None
     if adapters and recover is None:

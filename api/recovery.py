@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from gemini.benchmarks.text import TextSource, default_text
+from gemini.benchmarks.text import TextSource, shipped_text
 from gemini.compress.adapters import adapted
 from gemini.compress.dense import dense_weights
 from gemini.compress.distill import Distillation, distill
@@ -86,8 +86,7 @@ def make_lessons(
             for seed in range(SEED, SEED + count)  # the first one is what calibration uses
             for window in sampled_windows(checkpoint, ROWS, LENGTH, seed=seed, progress=progress)
         ]
-        built_in = default_text()
-        shipped = TextSource(f"{built_in.name}, first half", built_in.calibration)
+        shipped = shipped_text()
         beside = text_windows(checkpoint, shipped, len(sampled), LENGTH)
         # The last ones are held out: some of each.
         windows = [

@@ -52,6 +52,12 @@ class DefaultText:
     name: str = "pydoc_data.topics"
 
 
+def shipped_text() -> TextSource:
+    """The half of the built-in text to calibrate on and to learn from."""
+    built_in = default_text()
+    return TextSource(f"{built_in.name}, first half", built_in.calibration)
+
+
 def default_text() -> DefaultText:
     """Split the help topics, in alphabetical order, into halves of about equal length.
 
