@@ -22,6 +22,7 @@ from gemini.runtime.external_data import external_bytes
 from gemini.runtime.schema import DecoderModel, EncoderDecoderModel, EncoderModel
 from gemini.runtime.seq2seq import Seq2SeqGenerator
 from gemini.runtime.session import open_graph, run_graph
+from gemini.runtime.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _open_pair(
 ) -> Contestant:
     """The prompt goes through the encoder, which the time to the first token therefore holds."""
     graphs = {name: open_graph(bundle, name, device, threads) for name in bundle.manifest.graphs}
-    session = Seq2SeqGenerator(bundle, graphs)
+    session = Seq2SeqGenerator(bundle, graphs, TextTokenizer.read(bundle))
     pixels = None
     if model.vocab_size is None and model.image is not None:
         shape = (1, model.image.channels, model.image.height, model.image.width)

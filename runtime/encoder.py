@@ -36,13 +36,13 @@ class Label:
 class _TextEncoder:
     """What both sessions share: a graph, a tokenizer and batches of texts of equal length."""
 
-    def __init__(self, bundle: Bundle, graph: Graph, output: str) -> None:
+    def __init__(self, bundle: Bundle, graph: Graph, tokenizer: TextTokenizer, output: str) -> None:
         model = bundle.manifest.model
         if not isinstance(model, EncoderModel):
             raise damaged("the manifest describes no encoder")
         require(graph, model.inputs, [output])
         self.bundle, self.graph, self.model, self.output = bundle, graph, model, output
-        self.tokenizer = TextTokenizer.read(bundle)
+        self.tokenizer = tokenizer
 
     def batches(self, texts: Sequence[str], size: int) -> Iterator[tuple[list[int], TokenBatch]]:
         """(positions in ``texts``, tokens): at most ``size`` texts of the same number of tokens.
@@ -96,10 +96,10 @@ class _TextEncoder:
 class Embedder:
     """A session for sentence embeddings; pooling and normalisation are part of the graph."""
 
-    def __init__(self, bundle: Bundle, graph: Graph) -> None:
-        self._encoder = _TextEncoder(bundle, graph, "embedding")
+    def __init__(self, bundle: Bundle, graph: Graph, tokenizer: TextTokenizer) -> None:
+        self._encoder = _TextEncoder(bundle, graph, tokenizer, "embedding")
         self.bundle, self.graph, self.model = bundle, graph, self._encoder.model
-        self.device, self.threads, self.tokenizer = graph.device, graph.threads, self._encoder.tokenizer
+        self.device, self.threads, self.tokenizer = graph.device, graph.threads, tokenizer
 
     def embed(self, texts: Sequence[str], batch_size: int = BATCH) -> NDArray[np.float32]:
         """Embeddings float32 (n, dim). Texts beyond the model's context are cut, as in its training."""
@@ -113,10 +113,10 @@ class Embedder:
 class TextClassifier:
     """A session for text classification."""
 
-    def __init__(self, bundle: Bundle, graph: Graph) -> None:
-        self._encoder = _TextEncoder(bundle, graph, "logits")
+    def __init__(self, bundle: Bundle, graph: Graph, tokenizer: TextTokenizer) -> None:
+        self._encoder = _TextEncoder(bundle, graph, tokenizer, "logits")
         self.bundle, self.graph, self.model = bundle, graph, self._encoder.model
-        self.device, self.threads, self.tokenizer = graph.device, graph.threads, self._encoder.tokenizer
+        self.device, self.threads, self.tokenizer = graph.device, graph.threads, tokenizer
         if not self.model.labels:
             raise damaged("the manifest of a classifier names no labels")
         self.labels = self.model.labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gemini.runtime.bundle import hashed_meanwhile
@@ -9,14 +10,15 @@ from gemini.runtime.encoder import Embedder, TextClassifier
 from gemini.runtime.seq2seq import Seq2SeqGenerator
 from gemini.runtime.session import open_graph
 from gemini.runtime.text import TextGenerator
+from gemini.runtime.tokenizer import TextTokenizer
 from gemini.runtime.vision import ImageClassifier
 
 Session = TextGenerator | Embedder | TextClassifier | ImageClassifier | Seq2SeqGenerator
-_SESSIONS: dict[str, type[TextGenerator] | type[Embedder] | type[TextClassifier] | type[ImageClassifier]] = {
+
+_OF_TEXT: dict[str, type[TextGenerator] | type[Embedder] | type[TextClassifier]] = {
     "text-generation": TextGenerator,
     "feature-extraction": Embedder,
     "text-classification": TextClassifier,
-    "image-classification": ImageClassifier,
 }
 
 
@@ -33,11 +35,18 @@ def load(
     allow; ``verify=False`` skips hashing the files (paths, sizes and the manifest are always checked);
     ``spinning=False`` trades speed for idle cores between operators. Raises BundleError or DeviceError.
     """
-    with hashed_meanwhile(bundle, verify) as opened:
+    # onnxruntime opens graphs without the interpreter's lock: the tokenizer is read, and weights are hashed,
+    # on the other cores meanwhile.
+    with hashed_meanwhile(bundle, verify) as opened, ThreadPoolExecutor(1) as opening:
         manifest = opened.manifest
+        openings = {
+            name: opening.submit(open_graph, opened, name, device, threads, spinning)
+            for name in manifest.graphs
+        }
+        tokenizer = None if manifest.family == "vision" else TextTokenizer.read(opened)
+        graphs = {name: graph.result() for name, graph in openings.items()}
+        if tokenizer is None:
+            return ImageClassifier(opened, graphs["vision"])
         if manifest.family == "encoder-decoder":
-            graphs = {name: open_graph(opened, name, device, threads, spinning) for name in manifest.graphs}
-            return Seq2SeqGenerator(opened, graphs)
-        return _SESSIONS[manifest.task](
-            opened, open_graph(opened, manifest.family, device, threads, spinning)
-        )
+            return Seq2SeqGenerator(opened, graphs, tokenizer)
+        return _OF_TEXT[manifest.task](opened, graphs[manifest.family], tokenizer)

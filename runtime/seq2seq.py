@@ -45,7 +45,7 @@ CAPTION = "image-to-text"  # the task whose prefix an image without text gets
 class Seq2SeqGenerator:
     """A session for generation from a source. Each has a cache of its own, so several may be in flight."""
 
-    def __init__(self, bundle: Bundle, graphs: Mapping[str, Graph]) -> None:
+    def __init__(self, bundle: Bundle, graphs: Mapping[str, Graph], tokenizer: TextTokenizer) -> None:
         model = bundle.manifest.model
         if not isinstance(model, EncoderDecoderModel):
             raise damaged("the manifest describes no encoder-decoder")
@@ -63,7 +63,7 @@ class Seq2SeqGenerator:
             require(self.vision_graph, ["pixel_values"], ["image_features"])
         self.bundle, self.model = bundle, model
         self.device, self.threads = self.graph.device, self.graph.threads
-        self.tokenizer = TextTokenizer.read(bundle)
+        self.tokenizer = tokenizer
         self.eos = frozenset(info.eos_token_ids)
         try:
             make_options(info.defaults, {})

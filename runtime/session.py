@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from gemini.errors import BundleError, UsageError
 from gemini.runtime.bundle import Bundle
-from gemini.runtime.hugepages import use_huge_pages
+from gemini.runtime.hugepages import use_huge_pages_soon
 from gemini.runtime.providers import active_device, provider_list
 from gemini.runtime.threads import usable_threads
 
@@ -83,7 +83,7 @@ def open_graph(
     session.disable_fallback()
     active = active_device(device, asked, session.get_providers())
     if active == "cpu":
-        use_huge_pages()
+        use_huge_pages_soon()
     return Graph(
         session,
         active,

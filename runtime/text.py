@@ -48,14 +48,14 @@ Speculate: TypeAlias = "Literal['lookup'] | TextGenerator | None"
 class TextGenerator:
     """A session for text generation. Every generation has its own cache, so several may be in flight."""
 
-    def __init__(self, bundle: Bundle, graph: Graph) -> None:
+    def __init__(self, bundle: Bundle, graph: Graph, tokenizer: TextTokenizer) -> None:
         model = bundle.manifest.model
         if not isinstance(model, DecoderModel):
             raise damaged("the manifest describes no decoder")
         check_graph(graph, model)
         self.bundle, self.graph, self.model = bundle, graph, model
         self.device, self.threads = graph.device, graph.threads
-        self.tokenizer = TextTokenizer.read(bundle)
+        self.tokenizer = tokenizer
         self.eos = frozenset(bundle.manifest.generation.eos_token_ids)
         try:
             make_options(bundle.manifest.generation.defaults, {})

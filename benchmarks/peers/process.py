@@ -50,6 +50,8 @@ class PeerProcess:
         Raises PeerError when the interpreter cannot be started.
         """
         environment = {name: value for name, value in os.environ.items() if own_path or name != "PYTHONPATH"}
+        # Packages come compiled from their installers; a checkout compiles itself once, if it may.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         environment |= _QUIET | dict.fromkeys(_THREADS, str(threads))
         # Without a name, so nothing is left behind even when this process is killed.
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemini.runtime import hugepages
-from gemini.runtime.hugepages import PAGE, aligned_ranges, use_huge_pages
+from gemini.runtime.hugepages import PAGE, aligned_ranges, use_huge_pages, use_huge_pages_soon
 
 _MAPS = """\
 00400000-00c00000 r-xp 00000000 fe:01 1234                       /usr/bin/python3
@@ -34,6 +34,17 @@ def test_contents_survive() -> None:
     before = array.copy()
     assert use_huge_pages() % PAGE == 0
     np.testing.assert_array_equal(array, before)
+
+
+def test_it_may_happen_while_memory_is_written_and_freed() -> None:
+    kept = np.zeros(16 * PAGE, np.uint8)
+    advice = use_huge_pages_soon()
+    for value in range(1, 20):
+        kept[:] = value
+        np.ones(8 * PAGE, np.uint8).sum()
+    advice.join()
+    assert advice.daemon
+    assert (kept == 19).all()
 
 
 def test_a_system_without_the_call_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
