@@ -7,9 +7,13 @@ first, and scales and zero points are fixed before, from the weight as it was.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from gemini.compress.packing import storable
 from gemini.compress.quantize import (
     Quantized,
     fit_qparams,
@@ -21,6 +25,8 @@ from gemini.compress.quantize import (
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper's section 3.3
 _PANEL = 64  # features whose updates are gathered before the rest of the weight is touched
+_RIDGE = 1e-3  # what keeps gains of scales near 1, as a share of what their blocks put out
+_NOTHING = torch.finfo(torch.float64).tiny
 _ROWS = 4096  # of the weight, which are independent: a table of tokens has tens of thousands
 
 
@@ -70,6 +76,47 @@ def _quantize_rows(
     codes = zero_point.expand_as(blocks).flatten(0, 1).clone()  # padding stands for 0
     codes[order] = _round_in_turn(weight.T.double()[order], factor, scales[order], zeros[order], bits).float()
     return pack_blocks(codes.reshape(blocks.shape), scale, zero_point, bits)
+
+
+def refit_scales(weight: Tensor, hessian: Tensor, made: Quantized, damping: float = DAMPING) -> Quantized:
+    """The same codes and zero points with the scales that suit them best.
+
+    GPTQ fixes scales before it chooses codes. With codes fixed, the error (w - w') H (w - w')^T of a row is
+    quadratic in the gains of its blocks' scales: with v_b what block b stands for, the normal equations are
+    ``sum_c (v_b H v_c^T) g_c = v_b H w^T``. A row keeps its scales where rounding the new ones for storage
+    leaves no gain.
+    """
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    damped = damped.float()
+    parts = zip(weight.float().split(_ROWS), made.dequantized().split(_ROWS), strict=True)
+    gains = torch.cat([_gains(rows, stored, damped, made.block_size) for rows, stored in parts])
+    found = replace(made, scales=storable(made.scales * gains))
+    before, after = (_row_errors(weight, each, damped) for each in (made, found))
+    return replace(found, scales=torch.where((after < before).unsqueeze(1), found.scales, made.scales))
+
+
+def _gains(weight: Tensor, stored: Tensor, hessian: Tensor, block_size: int) -> Tensor:
+    """The factors (rows, B) of the scales of ``stored``, what is stored of ``weight`` (rows, K)."""
+    rows, columns = weight.shape
+    count = -(-columns // block_size)
+    padding = (0, count * block_size - columns)
+    sums = weight.new_empty(rows, count, count)
+    for block, (part, half) in enumerate(
+        zip(stored.split(block_size, 1), hessian.split(block_size), strict=True)
+    ):
+        products = functional.pad((part @ half) * stored, padding)
+        sums[:, block] = products.reshape(rows, count, block_size).sum(-1)
+    wanted = functional.pad((weight @ hessian) * stored, padding).reshape(rows, count, block_size).sum(-1)
+    left, right = sums.double(), wanted.double()
+    ridge = _RIDGE * left.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(_NOTHING)
+    gains = torch.linalg.solve(left + torch.diag_embed(ridge.expand(-1, count)), right + ridge)
+    return torch.where((gains - 1).abs() < 0.5, gains, 1.0).float()  # farther, codes would be others
+
+
+def _row_errors(weight: Tensor, made: Quantized, hessian: Tensor) -> Tensor:
+    """(w - w') H (w - w')^T of every row."""
+    wrong = weight.float() - made.dequantized()
+    return ((wrong @ hessian) * wrong).sum(1)
 
 
 def activation_order(hessian: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gemini.compress.gptq import gptq
+from gemini.compress.gptq import gptq, refit_scales
 from gemini.compress.modules import (
     NF4,
     Bnb4Linear,
@@ -125,8 +125,8 @@ def quantized(weight: Tensor, form: Integers, importance: Tensor | None = None) 
 
 
 def rounded(weight: Tensor, hessian: Tensor, form: Integers) -> Quantized:
-    """The codes that GPTQ chooses for a float weight (N, K), by E[x x^T] of its inputs."""
-    return gptq(
+    """What GPTQ makes of a float weight (N, K), by E[x x^T] of its inputs, with scales to suit its codes."""
+    made = gptq(
         weight,
         hessian,
         bits=form.bits,
@@ -134,3 +134,4 @@ def rounded(weight: Tensor, hessian: Tensor, form: Integers) -> Quantized:
         symmetric=form.symmetric,
         fit=form.fit,
     )
+    return refit_scales(weight, hessian, made)

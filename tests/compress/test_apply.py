@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gemini.compress.apply import most_sensitive, settled
 from gemini.compress.calibrate import collect_input_moments, each_input, watch_inputs
-from gemini.compress.gptq import gptq
+from gemini.compress.gptq import gptq, refit_scales
 from gemini.compress.layers import LOOKUPS
 from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedEmbedding, QuantizedLinear
 from gemini.compress.reports import LayerReport
@@ -200,10 +200,10 @@ def test_gptq_quantizes_each_block_for_what_the_ones_before_put_out():
         logits_of(half, windows)
     inputs = torch.cat(rows).double()
     weight, hessian = make_llama().get_submodule(name).weight, inputs.T @ inputs / len(inputs)
-    expected = gptq(weight, hessian, bits=4, block_size=32).dequantized()
+    expected = refit_scales(weight, hessian, gptq(weight, hessian, bits=4, block_size=32)).dequantized()
     made = model.get_submodule(name).dequantized()
-    # Sums in another order may tip a code that lies between two.
-    assert ((made - expected).abs() < 1e-6).float().mean() > 0.99
+    # Sums in another order may tip a code or a scale that lies between two.
+    assert torch.isclose(made, expected, rtol=2e-3, atol=1e-6).float().mean() > 0.99
 
 
 def test_the_most_sensitive_layers_get_8_bits_within_their_share():
@@ -234,11 +234,12 @@ def test_a_tied_table_of_4_bits_is_rounded_for_the_head():
     body.model.embed_tokens = original.model.embed_tokens
     hessian = second_moment(body, windows, "lm_head")
     hessian += LOOKUPS * hessian.diagonal().mean() * torch.eye(len(hessian))
-    expected = gptq(original.lm_head.weight, hessian, bits=4, block_size=16).dequantized()
+    weight = original.lm_head.weight
+    expected = refit_scales(weight, hessian, gptq(weight, hessian, bits=4, block_size=16)).dequantized()
     table = model.model.embed_tokens
     assert table.qweight.data_ptr() == model.lm_head.qweight.data_ptr()
-    # Sums in another order may tip a code that lies between two.
-    assert ((table.dequantized() - expected).abs() < 1e-6).float().mean() > 0.99
+    # Sums in another order may tip a code or a scale that lies between two.
+    assert torch.isclose(table.dequantized(), expected, rtol=2e-3, atol=1e-6).float().mean() > 0.99
 
 
 def test_sensitive_layers_are_taken_by_error_while_they_fit():
