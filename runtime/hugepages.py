@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 PAGE = 1 << 21
+DELAY = 1.0  # seconds from opening a session
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _WRITABLE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ 00:00 0 *(\[heap\])?$")
 
@@ -39,15 +40,17 @@ def use_huge_pages(minimum: int = 4 * PAGE) -> int:
     return moved
 
 
-def use_huge_pages_soon() -> threading.Thread:
-    """:func:`use_huge_pages` in a thread that nobody has to wait for, which is handed out.
+def use_huge_pages_soon(seconds: float = DELAY) -> threading.Timer:
+    """:func:`use_huge_pages` in a thread after so many seconds, which nobody has to wait for.
 
     The kernel takes 3 to 7 ms for each page of 2 MB on virtual machines: longer, all together, than opening a
-    session takes. A mapping that is freed meanwhile is none of its business, and advice about it fails.
+    session takes. So first tokens come first, and a process that soon ends never pays. A mapping that is
+    freed meanwhile is none of its business, and advice about it fails.
     """
-    thread = threading.Thread(target=use_huge_pages, name="huge pages", daemon=True)
-    thread.start()
-    return thread
+    timer = threading.Timer(seconds, use_huge_pages)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def aligned_ranges(maps: list[str], minimum: int) -> list[tuple[int, int]]:

@@ -38,7 +38,7 @@ def test_contents_survive() -> None:
 
 def test_it_may_happen_while_memory_is_written_and_freed() -> None:
     kept = np.zeros(16 * PAGE, np.uint8)
-    advice = use_huge_pages_soon()
+    advice = use_huge_pages_soon(0.0)
     for value in range(1, 20):
         kept[:] = value
         np.ones(8 * PAGE, np.uint8).sum()
