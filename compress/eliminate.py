@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemini.compress.gptq import DAMPING
+from gemini.compress.gptq import DAMPING, damped
 from gemini.compress.quantize import require_finite
 
 
@@ -75,25 +75,19 @@ def correct(
     W' = W H_:k (H_kk)^-1.
     """
     require_finite(weight)
+    require_finite(hessian)
     columns = units[kept].flatten().sort().values
-    damped = _damped(hessian, damping)
-    solved = torch.linalg.solve(damped[columns][:, columns], damped[columns] @ weight.double().T)
+    measure = damped(hessian, damping)
+    solved = torch.linalg.solve(measure[columns][:, columns], measure[columns] @ weight.double().T)
     made = torch.zeros_like(weight, dtype=torch.float32)
     made[:, columns] = solved.T.float()
     return made
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
-    require_finite(hessian)
-    damped = hessian.double().clone()
-    mean = float(damped.diagonal().mean())
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)  # inputs that are always 0 make no rank
-    return damped
-
-
 def _start(weight: Tensor, hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     require_finite(weight)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian, damping)))
+    require_finite(hessian)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
     return weight.double().clone(), inverse
 
 

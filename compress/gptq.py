@@ -86,12 +86,11 @@ def refit_scales(weight: Tensor, hessian: Tensor, made: Quantized, damping: floa
     ``sum_c (v_b H v_c^T) g_c = v_b H w^T``. A row keeps its scales where rounding the new ones for storage
     leaves no gain.
     """
-    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
-    damped = damped.float()
+    measure = damped(hessian, damping).float()
     parts = zip(weight.float().split(_ROWS), made.dequantized().split(_ROWS), strict=True)
-    gains = torch.cat([_gains(rows, stored, damped, made.block_size) for rows, stored in parts])
+    gains = torch.cat([_gains(rows, stored, measure, made.block_size) for rows, stored in parts])
     found = replace(made, scales=storable(made.scales * gains))
-    before, after = (_row_errors(weight, each, damped) for each in (made, found))
+    before, after = (_row_errors(weight, each, measure) for each in (made, found))
     return replace(found, scales=torch.where((after < before).unsqueeze(1), found.scales, made.scales))
 
 
@@ -124,17 +123,22 @@ def activation_order(hessian: Tensor) -> Tensor:
     return hessian.diagonal().argsort(descending=True, stable=True)
 
 
+def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """A Hessian with ``damping`` of the mean of its diagonal added to that: float64 (K, K), a copy."""
+    found = hessian.double().clone()
+    diagonal = found.diagonal()
+    diagonal += damping * diagonal.mean()
+    diagonal[diagonal <= 0] = 1.0  # never seen in calibration: independent of all others
+    return found
+
+
 def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper Cholesky factor U of the damped inverse, U^T U = H^-1: float64 (K, K).
 
     Row i holds what is left of H^-1 once the features before i are fixed, divided by the root of its pivot.
     ValueError if H is not positive definite.
     """
-    damped = hessian.double().clone()
-    diagonal = damped.diagonal()
-    diagonal += damping * diagonal.mean()
-    diagonal[diagonal <= 0] = 1.0  # never seen in calibration: independent of all others
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
     if failed:
         raise ValueError("the Hessian is not positive definite")
     upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
