@@ -24,18 +24,25 @@ from gemini.compress.layers import (
     Bnb4,
     Channels,
     Integers,
+    Split,
     make_conv,
     make_copy,
+    make_head,
     make_linear,
     make_table,
     rounded,
 )
-from gemini.compress.modules import QuantizedEmbedding
-from gemini.compress.plan import FORMATS, MOMENT_WINDOWS, plan_formats, scan_formats
+from gemini.compress.plan import FORMATS, MOMENT_WINDOWS, TABLE_FORMATS, plan_formats, scan_formats
 from gemini.compress.quantize import Quantized
 from gemini.compress.ranges import Codes
 from gemini.compress.recipe import Recipe
-from gemini.compress.reports import LayerReport, PassReport, bits_per_weight, layer_report
+from gemini.compress.reports import (
+    LayerReport,
+    PassReport,
+    bits_per_weight,
+    layer_report,
+    table_reports,
+)
 from gemini.compress.select import Selection, Skipped, select_layers, weight_of
 from gemini.compress.smooth import smoothing_divisors
 from gemini.compress.specs import (
@@ -117,9 +124,11 @@ def quantize_int4(
     if windows and (spec.sensitive_share or (spec.fit == "moments" and not spec.gptq)):
         moments = collect_input_moments(model, windows, selection.linears, progress)
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
-    table = Integers(spec.embedding_bits, spec.embedding_block_size)
+    table: Integers | Split = Integers(spec.embedding_bits, spec.embedding_block_size)
     if spec.embedding_bits == 4:
-        table = replace(table, symmetric=spec.symmetric, fit=spec.fit)
+        rest = Integers(4, spec.embedding_block_size, spec.symmetric, spec.fit)
+        wide = spec.embedding_wide_share
+        table = Split(wide, Integers(8, spec.embedding_block_size), rest) if wide else rest
     again = windows if spec.gptq else ()
     report = _edit(model, spec, selection, formats, table, moments, progress, spec.sensitive_share, again)
     return replace(
@@ -148,7 +157,7 @@ def quantize_mixed(
         Skipped(name, "the recipe names no format for it") for name in selection.linears if name not in chosen
     ]
     end = selection.embedding or selection.head or ""
-    table = FORMATS[chosen[end]] if end in chosen else None
+    table = TABLE_FORMATS[chosen[end]] if end in chosen else None
     if table is None:
         selection = replace(selection, embedding=None, head=None, copies=())
     watched = [*(() if spec.gptq else formats), *([selection.head] if selection.head else [])]
@@ -233,7 +242,7 @@ def _edit(
     spec: Spec,
     selection: Selection,
     formats: Mapping[str, Format],
-    table: Integers,
+    table: Integers | Split,
     moments: Mapping[str, Tensor],
     progress: bool,
     sensitive_share: float = 0.0,
@@ -343,7 +352,7 @@ def most_sensitive(layers: Sequence[LayerReport], share: float) -> list[str]:
 def _edit_ends(
     model: nn.Module,
     selection: Selection,
-    table: Integers,
+    table: Integers | Split,
     moments: Mapping[str, Tensor],
     hessian: Tensor | None = None,
 ) -> Iterator[LayerReport]:
@@ -357,16 +366,14 @@ def _edit_ends(
         old = model.get_submodule(selection.embedding)
         weighing = (importance, hessian) if selection.tied else (None, None)
         shared = make_table(weight_of(old), table, selection.scale_by, *weighing)
-        yield layer_report(selection.embedding, "embedding", weight_of(old), shared, None)
+        yield from table_reports(selection.embedding, "embedding", weight_of(old), shared)
     if selection.head:
         head = model.get_submodule(selection.head)
-        twin: QuantizedEmbedding | Quantized | None = shared if selection.tied else None
-        if twin is None and hessian is not None:
-            twin = rounded(weight_of(head), hessian, table)
-        new = make_linear(weight_of(head), head.bias, table, importance, twin)
+        twin = shared if selection.tied else None
+        new = make_head(weight_of(head), head.bias, table, importance, hessian, twin)
         kind = "tied head" if selection.tied else "head"
-        report = layer_report(selection.head, kind, weight_of(head), new, None)
-        yield replace(report, parameters=0, bytes=0) if selection.tied else report
+        for report in table_reports(selection.head, kind, weight_of(head), new):
+            yield replace(report, parameters=0, bytes=0) if selection.tied else report
         _replace(model, head, new)
     if selection.embedding and shared is not None:
         _replace(model, old, shared)

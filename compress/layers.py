@@ -15,6 +15,8 @@ from gemini.compress.modules import (
     ChannelwiseLinear,
     QuantizedEmbedding,
     QuantizedLinear,
+    SplitEmbedding,
+    SplitLinear,
 )
 from gemini.compress.quantize import Quantized, quantize, quantize_bnb4, quantize_channels
 from gemini.compress.ranges import Codes
@@ -32,6 +34,35 @@ class Integers:
     block_size: int
     symmetric: bool = True
     fit: str = "nearest"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A table of tokens whose first rows, a ``share`` of all, have one format and the rest another.
+
+    Tokenizers that merge pairs number tokens by how often they were met: the first rows are most of what is
+    looked up and, in a head, of what is predicted.
+    """
+
+    share: float
+    first: Integers
+    rest: Integers
+
+    @property
+    def bits(self) -> int:
+        """Those of most rows."""
+        return self.rest.bits
+
+    @property
+    def block_size(self) -> int:
+        """That of most rows."""
+        return self.rest.block_size
+
+    def parts(self, rows: int) -> list[tuple[slice, Integers]]:
+        """Which of ``rows`` rows have which format; kernels like a multiple of 16."""
+        end = min(rows, 16 * max(1, round(self.share * rows / 16)))
+        found = [(slice(0, end), self.first), (slice(end, rows), self.rest)]
+        return [(span, form) for span, form in found if span.start < span.stop]
 
 
 @dataclass(frozen=True)
@@ -74,20 +105,47 @@ def make_linear(
     )
 
 
+def make_head(
+    weight: Tensor,
+    bias: Tensor | None,
+    form: Integers | Split,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
+    table: QuantizedEmbedding | SplitEmbedding | None = None,
+) -> nn.Module:
+    """The packed head for a float one (V, D), rounded by GPTQ where there is a ``hessian`` of its inputs, or
+    over the buffers of a ``table`` of the same format."""
+    if isinstance(form, Split):
+        tables = table.parts if isinstance(table, SplitEmbedding) else [None, None]
+        return SplitLinear(
+            make_head(weight[span], None if bias is None else bias[span], each, importance, hessian, own)
+            for (span, each), own in zip(form.parts(len(weight)), tables, strict=False)
+        )
+    assert not isinstance(table, SplitEmbedding)
+    made: QuantizedEmbedding | Quantized | None = table
+    if made is None and hessian is not None and form.bits == 4:
+        made = rounded(weight, hessian, form)
+    return make_linear(weight, bias, form, importance, made)
+
+
 def make_table(
     weight: Tensor,
-    form: Integers,
+    form: Integers | Split,
     scale_by: float | None,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
-) -> QuantizedEmbedding:
+) -> QuantizedEmbedding | SplitEmbedding:
     """The packed token embedding for a float table (V, D); ``importance`` (D,) as a tied head has it.
 
     With ``hessian``, E[x x^T] of what a tied head reads, GPTQ rounds for the head and, by a share of the
     identity, for the rows that are looked up.
     """
     rows, columns = weight.shape
-    if hessian is None:
+    if isinstance(form, Split):
+        return SplitEmbedding(
+            make_table(weight[span], each, scale_by, importance, hessian) for span, each in form.parts(rows)
+        )
+    if hessian is None or form.bits == 8:
         made = quantized(weight, form, importance)
     else:
         lookups = LOOKUPS * hessian.diagonal().mean() * torch.eye(columns, dtype=hessian.dtype)
@@ -97,8 +155,12 @@ def make_table(
     )
 
 
-def make_copy(table: QuantizedEmbedding, scale_by: float | None) -> QuantizedEmbedding:
+def make_copy(
+    table: QuantizedEmbedding | SplitEmbedding, scale_by: float | None
+) -> QuantizedEmbedding | SplitEmbedding:
     """Another embedding over the buffers of ``table``."""
+    if isinstance(table, SplitEmbedding):
+        return SplitEmbedding(make_copy(part, scale_by) for part in table.parts)
     buffers = (table.qweight, table.scales, table.zero_points)
     shape = (table.num_embeddings, table.embedding_dim, table.bits, table.block_size)
     return QuantizedEmbedding(*shape, *buffers, scale_by)

@@ -4,11 +4,14 @@
     ChannelwiseLinear -> DynamicQuantizeMatMul          Bnb4Linear -> MatMulBnb4
     the same with fixed codes -> QuantizeLinear and MatMulIntegerToFloat
     ChannelwiseConv -> DequantizeLinear and Conv        with fixed codes -> QLinearConv
+    SplitLinear, SplitEmbedding -> what their parts do
 
 Their ``forward`` is the float reference of that operator: weights dequantized, activations untouched.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -291,3 +294,56 @@ class QuantizedEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, block_size={self.block_size}"
+
+
+class SplitLinear(nn.Module):
+    """A linear layer whose output features are those of its parts, one part after the other."""
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.in_features = self.parts[0].in_features
+        self.out_features = sum(part.out_features for part in self.parts)
+
+    def dequantized(self) -> Tensor:
+        """The weight as float32 (out_features, in_features)."""
+        return self.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight, for model code that reads ``layer.weight`` (its dtype, mostly)."""
+        return torch.cat([part.weight for part in self.parts])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+class SplitEmbedding(nn.Module):
+    """A token embedding whose rows are those of its parts, one part after the other."""
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.sizes = [part.num_embeddings for part in self.parts]
+        self.num_embeddings, self.embedding_dim = sum(self.sizes), self.parts[0].embedding_dim
+
+    def dequantized(self) -> Tensor:
+        """The table as float32 (num_embeddings, embedding_dim), without what its parts multiply by."""
+        return self.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The float table, for model code that reads ``embedding.weight`` (its dtype, mostly)."""
+        return torch.cat([part.weight for part in self.parts])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 (...,) -> float32 (..., embedding_dim); every part looks up every token, its nearest row for
+        those of other parts."""
+        rows, start = None, 0
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            found = part((ids - start).clamp(0, size - 1))
+            rows = found if rows is None else torch.where((ids < start).unsqueeze(-1), rows, found)
+            start += size
+        assert rows is not None
+        return rows

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,10 @@ from tqdm import tqdm
 
 from gemini.compress.allocate import Choice, allocate
 from gemini.compress.calibrate import Window, collect_input_moments
-from gemini.compress.layers import Integers, quantized
+from gemini.compress.layers import Integers, Split, quantized
 from gemini.compress.select import Selection, weight_of
-from gemini.compress.sensitivity import divergence, expected_loss, output_fisher, predict
-from gemini.compress.specs import MIXED_FORMATS
+from gemini.compress.sensitivity import divergence, expected_losses, output_fisher, predict
+from gemini.compress.specs import MIXED_FORMATS, SPLIT_FORMATS
 from gemini.compress.stream import find_stacks
 from gemini.errors import RecipeError
 
@@ -35,6 +36,11 @@ FORMATS = {
     "int4-32": Integers(4, 32, symmetric=False, fit="moments"),
     "int8-64": Integers(8, 64),
 }
+SPLITS = {
+    name: Split(1 / int(name.removeprefix("split-")), FORMATS["int8-64"], FORMATS["int4-32"])
+    for name in SPLIT_FORMATS
+}
+TABLE_FORMATS: dict[str, Integers | Split] = {**FORMATS, **SPLITS}
 # What GPTQ leaves of the divergence: of SmolLM2-135M in 4 bits, +10.5 % perplexity became +6.8 %.
 GPTQ_LEAVES = 0.65
 MOMENT_WINDOWS, TRIED_WINDOWS = 16, 4
@@ -113,7 +119,7 @@ def scan_formats(
             table = weight_of(model.get_submodule(ends[0]))
             users = [_lookups(fisher, selection, table), _products(fisher, moments, selection)]
             copies = 1 if selection.tied else len(ends)
-            choices[ends[0]], rounded = _choices(table, users, copies)
+            choices[ends[0]], rounded = _choices(table, users, copies, SPLITS)
             smallest = {ends[0]: rounded}
             if copies > 1:
                 own = weight_of(model.get_submodule(ends[1]))
@@ -154,19 +160,31 @@ def _kinds(names: Sequence[str]) -> list[list[str]]:
     return list(kinds.values())
 
 
-def _choices(weight: Tensor, users: Sequence[User], copies: int = 1) -> tuple[list[Choice[str]], Tensor]:
+def _choices(
+    weight: Tensor, users: Sequence[User], copies: int = 1, splits: Mapping[str, Split] = MappingProxyType({})
+) -> tuple[list[Choice[str]], Tensor]:
     """Each format with its bytes, for each copy stored, and its loss for all who read the weight; and the
     weight that the first and smallest of them leaves."""
     seen = [
         (fisher, importance) for fisher, importance in users if fisher is not None and importance is not None
     ]
-    found, smallest = [], weight
-    for number, (form, integers) in enumerate(FORMATS.items()):
-        made = quantized(weight, integers, seen[-1][1] if seen else None)
+    rows = len(weight)
+    costs: dict[Integers, tuple[float, Tensor]] = {}  # bytes of a row, losses of rows
+    smallest = weight
+    for number, form in enumerate(FORMATS.values()):
+        made = quantized(weight, form, seen[-1][1] if seen else None)
         left = made.dequantized()
-        loss = sum(expected_loss(weight, left, *pair) for pair in seen)
-        found.append(Choice(form, copies * made.nbytes(), loss))
+        losses = sum((expected_losses(weight, left, *pair) for pair in seen), weight.new_zeros(rows).double())
+        costs[form] = made.nbytes() / rows, losses
         smallest = smallest if number else left
+    parts = {name: [(slice(0, rows), form)] for name, form in FORMATS.items()}
+    parts |= {name: split.parts(rows) for name, split in splits.items()}
+    found = []
+    for name, each in parts.items():
+        size = sum(costs[form][0] * (span.stop - span.start) for span, form in each)
+        found.append(
+            Choice(name, round(copies * size), sum(float(costs[form][1][span].sum()) for span, form in each))
+        )
     return found, smallest
 
 
@@ -184,14 +202,19 @@ def _weights(model: nn.Module, changed: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _lookups(fisher: dict[str, Tensor], selection: Selection, table: Tensor) -> User:
-    """A look-up is a product of the table's transpose with a one-hot row; here, every row is as likely.
+    """A look-up is a product of the table's transpose with a one-hot row.
 
-    In the form of `expected_loss`, where rows are outputs: F_d and the row's share change places.
+    In the form of `expected_loss`, where rows are outputs: F_d and the row's share of look-ups change places.
+    What a head predicts is what is looked up next, and its F_i = E[p_i (1 - p_i)] is about the share of a
+    token; without a head every row is as likely.
     """
     found = fisher.get(selection.embedding or "")
     if found is None:
         return None, None
-    return torch.full((len(table),), 1 / len(table), dtype=torch.float64), found
+    share = fisher.get(selection.head or "")
+    if share is None or len(share) != len(table) or not share.sum() > 0:
+        share = torch.ones(len(table), dtype=torch.float64)
+    return share / share.sum(), found
 
 
 def _products(fisher: dict[str, Tensor], moments: dict[str, Tensor], selection: Selection) -> User:

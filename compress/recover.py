@@ -224,5 +224,6 @@ def _unpacked(stored: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _ends(model: nn.Module) -> set[nn.Module]:
-    ends = {model.get_input_embeddings(), model.get_output_embeddings()}
-    return ends - {None}
+    """Token embedding and head, with their parts."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {part for end in ends if end is not None for part in end.modules()}

@@ -65,6 +65,18 @@ def layer_report(
     return LayerReport(name, kind, bits, size, symmetric, weight.numel(), stored, error)
 
 
+def table_reports(name: str, kind: str, weight: Tensor, module: nn.Module) -> list[LayerReport]:
+    """Of a token embedding or a head: one report, or one for each part."""
+    parts = list(getattr(module, "parts", ()))
+    if not parts:
+        return [layer_report(name, kind, weight, module, None)]
+    spans = weight.split([len(part.qweight) for part in parts])
+    return [
+        layer_report(f"{name}.parts.{number}", kind, rows, part, None)
+        for number, (rows, part) in enumerate(zip(spans, parts, strict=True))
+    ]
+
+
 def relative_error(weight: Tensor, approximation: Tensor, importance: Tensor | None) -> float:
     """Share of the layer's output energy that the approximation gets wrong, inputs taken as uncorrelated.
 

@@ -80,8 +80,13 @@ def expected_loss(weight: Tensor, approximation: Tensor, fisher: Tensor, importa
     1/2 sum_i F_i sum_j E[x_j^2] (w_ij - w'_ij)^2, inputs taken as uncorrelated; ``fisher`` (N,),
     ``importance`` (K,) = E[x^2].
     """
+    return float(expected_losses(weight, approximation, fisher, importance).sum())
+
+
+def expected_losses(weight: Tensor, approximation: Tensor, fisher: Tensor, importance: Tensor) -> Tensor:
+    """What each output adds to `expected_loss`: float64 (N,)."""
     wrong = torch.mv((weight - approximation).square(), importance.to(weight.dtype))
-    return 0.5 * float(torch.dot(wrong.double(), fisher.double()))
+    return 0.5 * wrong.double() * fisher.double()
 
 
 Prediction = tuple[Tensor, bool]  # log-probabilities (rows, V) and True, or last states (rows, D) and False

@@ -21,6 +21,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 BNB_BLOCK_SIZES = (64, 128, 256, 512)
 FITS = ("moments", "hqq", "nearest")
 MIXED_FORMATS = ("int4-64", "int4-32", "int8-64")  # bits and block size
+SPLIT_FORMATS = ("split-16", "split-8", "split-4")  # of a table: the first 16th, 8th, 4th of rows is wide
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class QuantizeInt4:
     before it already quantized (`gemini.compress.gptq`); it needs calibration.
     ``awq`` first moves so much of the activations' size into the weights as rounds best
     (`gemini.compress.awq`), where that costs no operation; it needs calibration.
+    With 4 bits, ``embedding_wide_share`` of the table's rows, the first and so the most frequent, get 8.
     The layers with the largest relative error, up to ``sensitive_share`` of the linear weights, get 8 bits.
     """
 
@@ -167,6 +169,7 @@ class QuantizeInt4:
     awq: bool = False
     embedding_bits: int = 8
     embedding_block_size: int = 64
+    embedding_wide_share: float = 0.0
     sensitive_share: float = 0.0
     skip: tuple[str, ...] = ()
 
@@ -182,6 +185,13 @@ class QuantizeInt4:
         _check_bool("awq", self.awq)
         _check_choice("embedding_bits", self.embedding_bits, (4, 8, 32))
         _check_choice("embedding_block_size", self.embedding_block_size, BLOCK_SIZES)
+        _check_share("embedding_wide_share", self.embedding_wide_share)
+        if self.embedding_wide_share and self.embedding_bits != 4:
+            raise RecipeError(
+                f"`embedding_wide_share` is {self.embedding_wide_share!r} with embedding_bits = "
+                f"{self.embedding_bits}.",
+                "It is for embedding_bits = 4: that share of the rows gets 8 bits.",
+            )
         _check_share("sensitive_share", self.sensitive_share)
         _check_globs(self.skip)
 
@@ -197,8 +207,9 @@ class QuantizeMixed:
     4-bit blocks of 64 or 32 with zero points, or 8-bit blocks, chosen by the divergence that each is expected
     to add (`gemini.compress.plan`), so that a weight costs ``target_bpw`` bits on average, scales and zero
     points included. ``formats`` settles them beforehand: a key of `gemini.compress.plan.FORMATS` for each
-    module, the embedding's name standing for the head too; what it does not name stays fp32. ``gptq`` as in
-    `QuantizeInt4`. It needs calibration.
+    module, the embedding's name standing for the head too; what it does not name stays fp32. A table of
+    tokens may also be split ("split-8"): 8 bits for the first eighth of its rows, 4 bits in blocks of 32 for
+    the rest. ``gptq`` as in `QuantizeInt4`. It needs calibration.
     """
 
     type: ClassVar[str] = "quantize_mixed"
@@ -212,9 +223,11 @@ class QuantizeMixed:
         if not number or not 4.0 < self.target_bpw <= 32.0:
             raise RecipeError(f"`target_bpw` is {self.target_bpw!r}.", "Write a number from 4.4 to 8.3.")
         for name, form in self.formats.items() if isinstance(self.formats, Mapping) else [("formats", None)]:
-            if form not in MIXED_FORMATS:
+            if form not in MIXED_FORMATS + SPLIT_FORMATS:
                 raise RecipeError(
-                    f"The format of `{name}` is {form!r}.", f"Choose {', '.join(MIXED_FORMATS)}."
+                    f"The format of `{name}` is {form!r}.",
+                    f"Choose {', '.join(MIXED_FORMATS)}; for a table of tokens also "
+                    f"{', '.join(SPLIT_FORMATS)}.",
                 )
         _check_bool("gptq", self.gptq)
         _check_globs(self.skip)

@@ -67,6 +67,8 @@ def _swap_modules(
         twin = as_linear(child) or as_embedding(child) or as_conv(child)
         twin = twin or (as_norm(child) if form.norms else None)
         if child is head:
+            if twin is None:  # its parts may have twins
+                _swap_modules(child, form, swapped, None)
             twin = PickPositions(twin or child)
         if twin is None:
             if not isinstance(child, RotaryTwin):

@@ -19,7 +19,14 @@ from gemini.compress.apply import most_sensitive, settled
 from gemini.compress.calibrate import collect_input_moments, each_input, watch_inputs
 from gemini.compress.gptq import gptq, refit_scales
 from gemini.compress.layers import LOOKUPS
-from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedEmbedding, QuantizedLinear
+from gemini.compress.modules import (
+    Bnb4Linear,
+    ChannelwiseLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    SplitEmbedding,
+)
+from gemini.compress.quantize import quantize
 from gemini.compress.reports import LayerReport
 from gemini.compress.select import embedding_scale, select_layers
 from gemini.compress.specs import PerBlock, PerChannel, QuantizeInt4, QuantizeInt8, QuantizeNF4
@@ -65,6 +72,36 @@ def test_tied_embedding_and_head_share_storage_and_are_counted_once():
     assert by_kind["tied head"].bytes == 0 and by_kind["embedding"].bytes == 160 * (64 + 2)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("gptq", [True, False])
+def test_a_split_table_is_two_tables_one_after_the_other(tied, gptq):
+    """Against tables packed part by part, by hand."""
+    model, plain = make_llama(tied), make_llama(tied)
+    windows = make_windows() if gptq else None
+    options = {"block_size": 32, "embedding_block_size": 32, "embedding_bits": 4, "gptq": gptq}
+    (report,) = run(model, QuantizeInt4(**options, embedding_wide_share=0.25), calibration=windows)
+    run(plain, QuantizeInt4(**options), calibration=windows)
+    first = 32  # a quarter of 160, to a multiple of 16
+    weights = make_llama(tied).model.embed_tokens.weight, make_llama(tied).lm_head.weight
+    ends = model.model.embed_tokens, model.lm_head
+    for end, weight, other in zip(ends, weights, (plain.model.embed_tokens, plain.lm_head), strict=True):
+        table = end.weight
+        wide = quantize(weight[:first], bits=8, block_size=32, symmetric=True).dequantized()
+        torch.testing.assert_close(table[:first], wide)
+        torch.testing.assert_close(table[first:], other.weight[first:])
+        assert torch.equal(end.dequantized(), table)
+    ids, states = torch.tensor([[0, 31, 32, 159], [3, 100, 31, 32]]), torch.randn(2, 3, 64)
+    assert torch.equal(ends[0](ids), ends[0].weight[ids])
+    torch.testing.assert_close(ends[1](states), nn.functional.linear(states, ends[1].weight))
+    shared = [
+        a.qweight.data_ptr() == b.qweight.data_ptr() for a, b in zip(*(e.parts for e in ends), strict=True)
+    ]
+    assert shared == [tied, tied]
+    counted = [(layer.bits, layer.parameters) for layer in report.layers if layer.kind != "linear"]
+    own = [(8, 32 * 64), (4, 128 * 64)]
+    assert counted == own + ([(8, 0), (4, 0)] if tied else own)
+
+
 def test_embeddings_of_encoder_and_decoder_share_one_table_with_a_factor_each():
     torch.manual_seed(0)
     sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 160}
@@ -80,6 +117,23 @@ def test_embeddings_of_encoder_and_decoder_share_one_table_with_a_factor_each():
     assert {part.qweight.data_ptr() for part in (*parts, model.lm_head)} == {model.lm_head.qweight.data_ptr()}
     assert [part.scale_by for part in parts] == [8.0, None, 8.0]
     assert sum(layer.kind == "embedding" for layer in report.layers) == 1
+
+
+def test_copies_of_a_split_table_share_its_parts():
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 160}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = BartForConditionalGeneration(
+        BartConfig(**sizes, **heads, encoder_ffn_dim=96, decoder_ffn_dim=96, scale_embedding=True)
+    )
+    model.eval().requires_grad_(False)
+    run(model, QuantizeInt4(block_size=32, embedding_bits=4, embedding_wide_share=0.25))
+    tables = (model.model.encoder.embed_tokens, model.model.decoder.embed_tokens, model.model.shared)
+    assert all(isinstance(table, SplitEmbedding) for table in tables)
+    for number in (0, 1):
+        parts = [each.parts[number] for each in (*tables, model.lm_head)]
+        assert len({part.qweight.data_ptr() for part in parts}) == 1
+        assert [part.scale_by for part in parts[:3]] == [8.0] * 3
 
 
 def test_tying_is_found_by_comparing_numbers_not_by_the_flag():

@@ -8,8 +8,8 @@ from small_models import logits_of, make_llama, make_windows, run
 
 from gemini.compress.apply import select_mixed
 from gemini.compress.modules import QuantizedEmbedding, QuantizedLinear
-from gemini.compress.plan import FORMATS, plan_formats, scan_formats
-from gemini.compress.specs import MIXED_FORMATS, QuantizeInt4, QuantizeMixed, spec_from_dict
+from gemini.compress.plan import FORMATS, TABLE_FORMATS, plan_formats, scan_formats
+from gemini.compress.specs import MIXED_FORMATS, SPLIT_FORMATS, QuantizeInt4, QuantizeMixed, spec_from_dict
 from gemini.errors import RecipeError
 
 WINDOWS = make_windows(6, 32)
@@ -72,11 +72,35 @@ def test_what_is_planned_is_what_is_built(tied):
     assert report.bits_per_weight <= 5.0 and report.calibration_windows == len(WINDOWS)
     for name, form in formats.formats.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, QuantizedEmbedding if "embed" in name else QuantizedLinear)
-        assert f"int{layer.bits}-{layer.block_size}" == form
-    embedding, head = model.model.embed_tokens, model.lm_head
-    assert embedding.bits == head.bits
-    assert (embedding.qweight.data_ptr() == head.qweight.data_ptr()) is tied
+        spans = TABLE_FORMATS[form].parts(160) if form in SPLIT_FORMATS else [(slice(0, 160), FORMATS[form])]
+        parts = list(layer.parts) if form in SPLIT_FORMATS else [layer]
+        for part, (span, integers) in zip(parts, spans, strict=True):
+            assert isinstance(part, QuantizedEmbedding if "embed" in name else QuantizedLinear)
+            assert (part.bits, part.block_size) == (integers.bits, integers.block_size)
+            assert "embed" not in name or len(part.qweight) == span.stop - span.start
+    ends = [list(end.parameters()) + list(end.buffers()) for end in (model.model.embed_tokens, model.lm_head)]
+    assert [each.shape for each in ends[0]] == [each.shape for each in ends[1]]
+    assert all((a.data_ptr() == b.data_ptr()) is tied for a, b in zip(*ends, strict=True))
+
+
+def test_rows_that_are_predicted_often_are_worth_more_bits():
+    model = make_llama()
+    embedding = model.model.embed_tokens.weight
+    embedding[32:] *= 0.1  # logits near 0: what is predicted is among the first 32
+    known = scan(model).choices["model.embed_tokens"]
+    by_name = {choice.format: choice for choice in known}
+    assert set(by_name) == set(TABLE_FORMATS)
+    small, split, wide = (by_name[name] for name in ("int4-32", "split-4", "int8-64"))
+    assert 0.1 < (split.bytes - small.bytes) / (wide.bytes - small.bytes) < 0.3  # 32 of 160 rows
+    assert split.loss - wide.loss < 0.2 * (small.loss - wide.loss)
+    (report,) = run(
+        model, QuantizeMixed(formats={"model.embed_tokens": "split-4"}, gptq=False), calibration=WINDOWS
+    )
+    assert sum(layer.bytes for layer in report.layers) == split.bytes
+    assert [(layer.name, layer.bits) for layer in report.layers if layer.bytes] == [
+        ("model.embed_tokens.parts.0", 8),
+        ("model.embed_tokens.parts.1", 4),
+    ]
 
 
 @pytest.mark.parametrize("gptq", [True, False])
@@ -101,6 +125,7 @@ def test_what_the_formats_do_not_name_stays_as_it_is():
 def test_unknown_formats_and_recipes_survive_or_are_refused():
     spec = QuantizeMixed(formats={"a.b": "int4-32"})
     assert spec_from_dict(spec.to_dict()) == spec and set(MIXED_FORMATS) == set(FORMATS)
+    assert set(MIXED_FORMATS + SPLIT_FORMATS) == set(TABLE_FORMATS)
     with pytest.raises(RecipeError, match=r"format of `a\.b` is 'int5'"):
         QuantizeMixed(formats={"a.b": "int5"})
 

@@ -157,6 +157,13 @@ def test_scales_norms_and_biases_learn_and_nothing_at_the_ends():
     assert not any(isinstance(m, LearnableLinear) for m in (student.lm_head, student.get_input_embeddings()))
 
 
+def test_parts_of_a_split_table_stay_as_they_are():
+    student = make_llama()
+    run(student, QuantizeInt4(block_size=32, embedding_bits=4, embedding_wide_share=0.25))
+    make_learnable(student)
+    assert not any(isinstance(m, LearnableLinear) for m in student.lm_head.modules())
+
+
 def test_rates_are_shares_of_a_tensors_size():
     model = nn.Module()
     model.large, model.latent, model.zero = (nn.Parameter(torch.full((4,), v)) for v in (30.0, 5.0, 0.0))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -133,6 +134,24 @@ def test_int4_graph_packs_projections_and_ties_embedding(make_checkpoint, tmp_pa
     assert sum(size for size in exported.bytes.values()) < 2 * table + 4 * 64 * 96 * 4
     stored = [v for k, v in exported.bytes.items() if "lm_head" in k or "embed" in k]
     assert sum(1 for size in stored if size >= table) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_split_tables_export(name, make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(name)
+    if name == "llama":
+        checkpoint.model.lm_head.weight = checkpoint.model.model.embed_tokens.weight
+    spec = QuantizeInt4(block_size=32, embedding_bits=4, embedding_wide_share=0.25)
+    run_recipe(checkpoint, Recipe("test", (spec,)), None, progress=False)
+    exported = export_checkpoint(checkpoint, tmp_path, progress=False)
+    assert not exported.refused and exported.verification["largest_difference"] < 1e-3
+    stored = [key for key in exported.bytes if "embed" in key or "lm_head" in key]
+    assert len(stored) == len({key.rpartition(".parts.")[2] for key in stored})  # once, tied or not
+    graph = onnx.load(
+        tmp_path / f"{'decoder' if name == 'llama' else 'encoder'}.onnx", load_external_data=False
+    )
+    lookups = [node for node in graph.graph.node if node.op_type == "GatherBlockQuantized"]
+    assert {a.i for node in lookups for a in node.attribute if a.name == "bits"} == {4, 8}
 
 
 def test_every_builtin_recipe_exports_with_float_arithmetic_equal_to_torch(make_checkpoint, tmp_path):
