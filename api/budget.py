@@ -25,7 +25,7 @@ from gemini.errors import RecipeError, UsageError
 from gemini.model.checkpoint import Checkpoint
 
 ATTEMPTS = 4
-_GUESS = 4e6  # bytes of tokenizer, graph and tables, before they are known
+_FILES, _LAYER = 300_000, 2_700  # bytes of graph and report, and of each layer in them, before they are known
 _CLOSE = 0.98  # a bundle may stay this much below the size asked for
 
 
@@ -61,7 +61,9 @@ class Planner:
             raise RecipeError("There is no layer to choose a format for.", "Use the recipe fp32.")
         stored = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
         # What stays beside the layers with a choice: other weights as they are, and files.
-        self.others = max(0.0, sum(stored.values()) - 4.0 * self.scan.parameters) + _GUESS
+        tokenizer = checkpoint.tokenizer.backend_tokenizer.to_str() if checkpoint.tokenizer else ""
+        files = len(tokenizer.encode()) + _FILES + _LAYER * len(self.scan.choices)
+        self.others = max(0.0, sum(stored.values()) - 4.0 * self.scan.parameters) + files
         self.plans: list[Plan] = []
 
     def first(self) -> Recipe:

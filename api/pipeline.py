@@ -118,7 +118,10 @@ def compress_model(
         if planned or extra or _looks_at_activations(chosen):
             with stages("calibration text"):
                 own = planned or bool(extra) or _rounds_by_activations(chosen)
-                windows, described = calibration_windows(checkpoint, given, progress, own)
+                if own and recovery:
+                    windows, described = recovery.calibration()
+                else:
+                    windows, described = calibration_windows(checkpoint, given, progress, own)
         feeds = calibration_feeds(checkpoint, windows)
         planner = None
         if planned:

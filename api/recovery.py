@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from gemini.benchmarks.text import TextSource, shipped_text
+from gemini.benchmarks.text import TextSource, shipped_text, spread
 from gemini.compress.adapters import adapted
 from gemini.compress.dense import dense_weights
 from gemini.compress.distill import Distillation, distill
@@ -35,6 +35,8 @@ ROWS, LENGTH = 64, 128  # of one sampling; longer rows cost more in attention an
 MINUTES_A_SAMPLING = 8.0  # of the time given: sampling takes about one of them
 MOST_SAMPLINGS, MOST_ROWS = 16, 8192
 HELD_OUT = 16  # rows
+CALIBRATION_ROWS = 256
+RATE = 4e-4  # of what is quantized; steps as large as those of pruned weights undo what GPTQ did
 STATES = 1.0  # the weight of hidden states beside logits, where whole weights learn
 
 
@@ -58,6 +60,15 @@ class Recovery:
     teacher: nn.Module | None
     facts: dict[str, Any]
     codes: bool
+
+    def calibration(self) -> tuple[list[NDArray[np.int64]], dict[str, Any]]:
+        """Windows (1, S) of what there is to learn from, and what to report about them.
+
+        More of them than a compression without recovery waits for: it is a small part of the minutes.
+        """
+        chosen = spread(list(self.lessons.rows), min(CALIBRATION_ROWS, len(self.lessons.rows)))
+        tokens = sum(row.size for row in chosen)
+        return [row[None] for row in chosen], {**self.lessons.described, "tokens": tokens}
 
 
 def make_lessons(
@@ -143,7 +154,7 @@ def recover_quantized(
     kind = {**recipe.to_dict(), "codes": recovery.codes}
     make_learnable(student, recovery.codes)
     with dense_weights(student):  # the head, which stays as it is, is not unpacked at every step
-        report = _learn(student, recovery.teacher or original, recovery, kind, progress)
+        report = _learn(student, recovery.teacher or original, recovery, kind, progress, rate=RATE)
     settle(student)
     return report
 
@@ -183,6 +194,7 @@ def _learn(
     kind: Mapping[str, Any],
     progress: bool,
     states: float = 0.0,
+    rate: float = Distillation.rate,
 ) -> dict[str, Any]:
     """Distill; a run of the same kind, text and models that was cut off goes on, others are forgotten."""
     lessons = recovery.lessons
@@ -191,7 +203,7 @@ def _learn(
     for other in folder.parent.glob("*"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
-    options = Distillation(minutes=lessons.minutes, states=states)
+    options = Distillation(minutes=lessons.minutes, states=states, rate=rate)
     found = distill(student, teacher, lessons.rows, lessons.held_out, options, folder=folder, show=progress)
     return {**asdict(found), "text": lessons.described}
 

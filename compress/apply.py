@@ -130,10 +130,13 @@ def quantize_int4(
         wide = spec.embedding_wide_share
         table = Split(wide, Integers(8, spec.embedding_block_size), rest) if wide else rest
     again = windows if spec.gptq else ()
-    report = _edit(model, spec, selection, formats, table, moments, progress, spec.sensitive_share, again)
+    report = _edit(
+        model, spec, selection, formats, table, moments, progress, spec.sensitive_share, again, windows
+    )
+    small_table = selection.head and table.bits == 4
     return replace(
         report,
-        calibration_windows=len(windows) if moments or spec.gptq or spec.awq else 0,
+        calibration_windows=len(windows) if moments or small_table or spec.gptq or spec.awq else 0,
         folded=[group.producer for group in folds],
     )
 
@@ -160,12 +163,12 @@ def quantize_mixed(
     table = TABLE_FORMATS[chosen[end]] if end in chosen else None
     if table is None:
         selection = replace(selection, embedding=None, head=None, copies=())
-    watched = [*(() if spec.gptq else formats), *([selection.head] if selection.head else [])]
-    moments = collect_input_moments(model, windows[:MOMENT_WINDOWS], watched, progress, every_logit=True)
+    moments: dict[str, Tensor] = {}
+    if not spec.gptq:
+        moments = collect_input_moments(model, windows[:MOMENT_WINDOWS], formats, progress)
     again = windows if spec.gptq else ()
-    report = _edit(
-        model, spec, selection, formats, table or FORMATS["int8-64"], moments, progress, 0.0, again
-    )
+    table = table or FORMATS["int8-64"]
+    report = _edit(model, spec, selection, formats, table, moments, progress, 0.0, again, windows)
     return replace(report, skipped=[*report.skipped, *kept], calibration_windows=len(windows))
 
 
@@ -247,12 +250,14 @@ def _edit(
     progress: bool,
     sensitive_share: float = 0.0,
     windows: Sequence[Window] = (),
+    table_windows: Sequence[Window] = (),
     divisors: Mapping[str, Tensor] = MappingProxyType({}),
     codes: Mapping[str, Codes] = MappingProxyType({}),
     ends: Mapping[str, tuple[Codes, Codes]] = MappingProxyType({}),
 ) -> PassReport:
     """Pack every selected layer, those in stacks of blocks with GPTQ where there are ``windows``, the others
-    then weighed by ``windows`` too, and put the packed ones into the model.
+    then weighed by ``windows`` too, and put the packed ones into the model. A head in 4 bits gets GPTQ where
+    there are ``table_windows``.
 
     The most sensitive are widened first: which those are is known once all have been packed without GPTQ.
     """
@@ -274,7 +279,12 @@ def _edit(
         wide = most_sensitive([report for _, report in packed.values()], sensitive_share)
         formats = {**formats, **dict.fromkeys(wide, Integers(8, table.block_size))}
         pack(wide)
-    for block in stream(model, windows, formats, progress=progress) if windows else ():
+    head = selection.head if table.bits == 4 else None
+    seen = None
+    for block in stream(model, windows, formats, after=head, progress=progress) if windows else ():
+        if block.name == head:
+            seen = block.hessians[head]
+            continue
         together = _rounded_together(model, block.hessians, formats)
         for name, hessian in block.hessians.items():
             packed[name] = _pack(model, name, formats[name], hessian.diagonal(), together.get(name))
@@ -284,10 +294,9 @@ def _edit(
         moments = {**moments, **collect_input_moments(model, windows, rest, progress)}
     pack(rest)
     reports = [packed[name][1] for name in formats]
-    seen = None
-    if windows and selection.head and table.bits == 4:
+    if head and seen is None and table_windows:
         with dense_weights(model):
-            seen = second_moment(model, windows, selection.head)
+            seen = second_moment(model, table_windows, head)
     layers = [*_edit_ends(model, selection, table, moments, seen), *reports]
     layers += _edit_convolutions(model, selection, ends)
     for name, (new, _) in packed.items():

@@ -39,6 +39,7 @@ def gptq(
     symmetric: bool = False,
     fit: str = "moments",
     damping: float = DAMPING,
+    like: Quantized | None = None,
 ) -> Quantized:
     """Quantize a float weight (rows, K) so that ``sum (w x - w' x)^2`` over the calibration inputs is small.
 
@@ -49,6 +50,8 @@ def gptq(
         block_size: features that share a scale and, unless ``symmetric``, a zero point.
         fit: how those are found (``quantize.fit_qparams``), E[x^2] being the Hessian's diagonal.
         damping: added to the diagonal, as a share of its mean.
+        like: another result of the same format, whose scales and zero points are taken in place of fitted
+            ones.
 
     Raises:
         ValueError: values that are not finite, or a Hessian that is not positive definite.
@@ -58,18 +61,33 @@ def gptq(
     order = activation_order(hessian)
     factor = inverse_factor(hessian[order][:, order], damping)
     mass = split_blocks(relative_mass(hessian.diagonal().float()).unsqueeze(0), block_size)
-    parts = [_quantize_rows(rows, mass, order, factor, bits, symmetric, fit) for rows in weight.split(_ROWS)]
+    pieces = weight.split(_ROWS)
+    known = [None] * len(pieces) if like is None else like.split([len(rows) for rows in pieces])
+    parts = [
+        _quantize_rows(rows, mass, order, factor, bits, symmetric, fit, each)
+        for rows, each in zip(pieces, known, strict=True)
+    ]
     qweight, scales, zero_points = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Quantized(qweight, scales, None if symmetric else zero_points, bits, block_size, weight.shape[1])
 
 
 def _quantize_rows(
-    weight: Tensor, mass: Tensor, order: Tensor, factor: Tensor, bits: int, symmetric: bool, fit: str
+    weight: Tensor,
+    mass: Tensor,
+    order: Tensor,
+    factor: Tensor,
+    bits: int,
+    symmetric: bool,
+    fit: str,
+    like: Quantized | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes, scales and packed zero points of some rows; ``mass`` is (blocks, size, 1)."""
     columns = weight.shape[1]
     blocks = split_blocks(weight.to(torch.float32), mass.shape[1])
-    scale, zero_point = fit_qparams(blocks, mass, bits, symmetric, fit)
+    if like is None:
+        scale, zero_point = fit_qparams(blocks, mass, bits, symmetric, fit)
+    else:
+        scale, zero_point = like.block_params()
     # One row a feature, as the columns of the weight are taken in turn.
     scales = scale.double().expand_as(blocks).flatten(0, 1)[:columns]
     zeros = zero_point.double().expand_as(blocks).flatten(0, 1)[:columns]

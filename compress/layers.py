@@ -187,13 +187,21 @@ def quantized(weight: Tensor, form: Integers, importance: Tensor | None = None) 
 
 
 def rounded(weight: Tensor, hessian: Tensor, form: Integers) -> Quantized:
-    """What GPTQ makes of a float weight (N, K), by E[x x^T] of its inputs, with scales to suit its codes."""
-    made = gptq(
-        weight,
-        hessian,
-        bits=form.bits,
-        block_size=form.block_size,
-        symmetric=form.symmetric,
-        fit=form.fit,
-    )
-    return refit_scales(weight, hessian, made)
+    """What GPTQ makes of a float weight (N, K), by E[x x^T] of its inputs, with scales to suit its codes.
+
+    4 bits in two rounds, the second with the scales that suit what the first chose; 8 bits leave too little.
+    """
+    made = None
+    for _ in range(2 if form.bits == 4 else 1):
+        made = gptq(
+            weight,
+            hessian,
+            bits=form.bits,
+            block_size=form.block_size,
+            symmetric=form.symmetric,
+            fit=form.fit,
+            like=made,
+        )
+        made = refit_scales(weight, hessian, made)
+    assert made is not None
+    return made

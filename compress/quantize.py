@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemini.compress.hqq import hqq_qparams
 from gemini.compress.modules import dequantize_blocks
-from gemini.compress.packing import pack_4bit, scale_bytes, storable
+from gemini.compress.packing import pack_4bit, scale_bytes, storable, unpack_4bit
 
 # Candidate ranges as a share of the round-to-nearest range, and candidate moves of the zero point: together
 # they shrink both ends independently. Against a dense scan the mean error is 1 % above the optimum when the
@@ -53,6 +53,15 @@ class Quantized:
         zeros = [None] * len(rows) if self.zero_points is None else self.zero_points.split(list(rows))
         parts = zip(self.qweight.split(list(rows)), self.scales.split(list(rows)), zeros, strict=True)
         return [Quantized(*part, self.bits, self.block_size, self.columns) for part in parts]
+
+    def block_params(self) -> tuple[Tensor, Tensor]:
+        """Scales and zero points as `fit_qparams` gives them: float32 (B, 1, rows) both."""
+        scale = self.scales.T.unsqueeze(1)
+        if self.zero_points is None:
+            return scale, torch.full_like(scale, 1 << (self.bits - 1))
+        blocks = self.scales.shape[1]
+        stored = unpack_4bit(self.zero_points, blocks) if self.bits == 4 else self.zero_points
+        return scale, stored.T.unsqueeze(1).float()
 
     def nbytes(self) -> int:
         """Bytes that the codes, the scales and the zero points take."""

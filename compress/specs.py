@@ -157,7 +157,8 @@ class QuantizeInt4:
     before it already quantized (`gemini.compress.gptq`); it needs calibration.
     ``awq`` first moves so much of the activations' size into the weights as rounds best
     (`gemini.compress.awq`), where that costs no operation; it needs calibration.
-    With 4 bits, ``embedding_wide_share`` of the table's rows, the first and so the most frequent, get 8.
+    A table in 4 bits is rounded by GPTQ wherever there is calibration; ``embedding_wide_share`` of its rows,
+    the first and so the most frequent, get 8.
     The layers with the largest relative error, up to ``sensitive_share`` of the linear weights, get 8 bits.
     """
 

@@ -11,6 +11,7 @@ is held than one batch's activations inside a block and the states between two b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -66,15 +67,22 @@ def find_stacks(model: nn.Module, names: Collection[str]) -> list[tuple[str, nn.
 
 
 def stream(
-    model: nn.Module, windows: Sequence[Window], names: Collection[str], *, progress: bool = True
+    model: nn.Module,
+    windows: Sequence[Window],
+    names: Collection[str],
+    *,
+    after: str | None = None,
+    progress: bool = True,
 ) -> Iterator[Block]:
     """Each block of each stack in the order of execution, ready to have its layers replaced.
 
     Between two blocks the changed one runs again, so that the next sees what it will really get. Named layers
-    outside of the stacks are in no block. A layer that no window reaches has no statistics.
+    outside of the stacks are in no block, but the one that comes ``after`` them all, such as the head, is a
+    block of its own. A layer that no window reaches has no statistics.
     """
     windows = batches(windows)
-    for path, stack in find_stacks(model, names):
+    stacks = find_stacks(model, names)
+    for path, stack in stacks:
         calls = record_calls(model, stack, windows)
         if any(len(each) != len(windows) for each in calls):
             continue  # a block that is not called once a window is no link of a chain
@@ -96,8 +104,14 @@ def stream(
                     moments.setdefault(name, _Moment()).add(hushed(rows))
             found = {name: moment.mean() for name, moment in moments.items()}
             yield Block(prefix, block, {name: found[leader] for name, leader in leaders.items()})
+            given = states
             with dense_weights(block):  # else every window unpacks them
-                states = [call.run(block, state) for call, state in zip(calls[index], states, strict=True)]
+                states = [call.run(block, state) for call, state in zip(calls[index], given, strict=True)]
+        if after and path == stacks[-1][0]:
+            with dense_weights(model), _replayed(stack, given):
+                behind = second_moment(model, windows, after)
+            if behind is not None:
+                yield Block(after, model.get_submodule(after), {after: behind})
 
 
 def second_moment(model: nn.Module, windows: Sequence[Window], name: str) -> Tensor | None:
@@ -109,6 +123,37 @@ def second_moment(model: nn.Module, windows: Sequence[Window], name: str) -> Ten
             with torch.no_grad():
                 model(**as_feed(window), **shortcut(model, every_logit=True))
     return moment.mean() if moment.count else None
+
+
+@contextmanager
+def _replayed(stack: nn.ModuleList, given: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block, the last of a stack gets ``given``, one a run, and those between it and the first do
+    not compute: what comes behind the stack sees the same, for the price of two blocks."""
+    made: list[Any] = []
+    runs = iter(given)
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        made[:] = [output]
+
+    def put(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (next(runs), *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): next(runs)}
+
+    handles = [
+        stack[0].register_forward_hook(keep),
+        stack[-1].register_forward_pre_hook(put, with_kwargs=True),
+    ]
+    between = list(stack)[1:-1]
+    for block in between:
+        block.forward = lambda *_args, **_kwargs: made[0]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in between:
+            del block.forward
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write graphs and their weights: small tensors inside the .onnx files, large ones aligned in one data file.
+"""Write graphs and their weights: small tensors inside the .onnx files, others aligned in one data file.
 
 Tensors with equal bytes are stored once, whatever their shapes and in whichever graph, so a head tied to an
 embedding costs nothing, and neither does a table that encoder and decoder share. The order is that of the
@@ -17,8 +17,10 @@ from pathlib import Path
 import onnx_ir as ir
 from tqdm import tqdm
 
-# A page, so that onnxruntime can map a weight straight from the file.
-ALIGNMENT = 4096
+# Large tensors begin on a page, so that onnxruntime can map them straight from the file; its own writer has
+# the same limit. Hundreds of smaller ones would waste half a page each.
+PAGE, LARGE_BYTES = 4096, 1 << 20
+CACHE_LINE = 64
 # Below this a tensor is cheaper inside the graph file.
 INLINE_BYTES = 1024
 
@@ -44,7 +46,8 @@ def write_weights(models: Sequence[ir.Model], data: Path, progress: bool = False
             first = stored.get(digest)
             sizes[value.name] += 0 if first else len(raw)
             if first is None:
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
+                alignment = PAGE if len(raw) >= LARGE_BYTES else CACHE_LINE
+                file.write(b"\0" * (-file.tell() % alignment))
                 offset = file.tell()
                 file.write(raw)
             else:

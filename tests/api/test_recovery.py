@@ -56,7 +56,7 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(recovery, "HELD_OUT", 8)
     made = loop.Distillation
     options = {"steps": 12, "warmup": 2, "rate": 0.005, "code_rate": 0.002, "patience": 99}
-    monkeypatch.setattr(recovery, "Distillation", lambda minutes, **given: made(1e9, **options | given))
+    monkeypatch.setattr(recovery, "Distillation", lambda minutes, **given: made(1e9, **given | options))
 
 
 def test_a_killed_run_goes_on_and_leaves_a_bundle_nearer_to_fp32(llama, text, tmp_path, monkeypatch, capsys):

@@ -17,8 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gemini.compress.apply import most_sensitive, settled
 from gemini.compress.calibrate import collect_input_moments, each_input, watch_inputs
-from gemini.compress.gptq import gptq, refit_scales
-from gemini.compress.layers import LOOKUPS
+from gemini.compress.layers import LOOKUPS, Integers, rounded
 from gemini.compress.modules import (
     Bnb4Linear,
     ChannelwiseLinear,
@@ -77,7 +76,7 @@ def test_tied_embedding_and_head_share_storage_and_are_counted_once():
 def test_a_split_table_is_two_tables_one_after_the_other(tied, gptq):
     """Against tables packed part by part, by hand."""
     model, plain = make_llama(tied), make_llama(tied)
-    windows = make_windows() if gptq else None
+    windows = make_windows()
     options = {"block_size": 32, "embedding_block_size": 32, "embedding_bits": 4, "gptq": gptq}
     (report,) = run(model, QuantizeInt4(**options, embedding_wide_share=0.25), calibration=windows)
     run(plain, QuantizeInt4(**options), calibration=windows)
@@ -254,7 +253,7 @@ def test_gptq_quantizes_each_block_for_what_the_ones_before_put_out():
         logits_of(half, windows)
     inputs = torch.cat(rows).double()
     weight, hessian = make_llama().get_submodule(name).weight, inputs.T @ inputs / len(inputs)
-    expected = refit_scales(weight, hessian, gptq(weight, hessian, bits=4, block_size=32)).dequantized()
+    expected = rounded(weight, hessian, Integers(4, 32, symmetric=False, fit="moments")).dequantized()
     made = model.get_submodule(name).dequantized()
     # Sums in another order may tip a code or a scale that lies between two.
     assert torch.isclose(made, expected, rtol=2e-3, atol=1e-6).float().mean() > 0.99
@@ -289,7 +288,7 @@ def test_a_tied_table_of_4_bits_is_rounded_for_the_head():
     hessian = second_moment(body, windows, "lm_head")
     hessian += LOOKUPS * hessian.diagonal().mean() * torch.eye(len(hessian))
     weight = original.lm_head.weight
-    expected = refit_scales(weight, hessian, gptq(weight, hessian, bits=4, block_size=16)).dequantized()
+    expected = rounded(weight, hessian, Integers(4, 16, symmetric=False, fit="moments")).dequantized()
     table = model.model.embed_tokens
     assert table.qweight.data_ptr() == model.lm_head.qweight.data_ptr()
     # Sums in another order may tip a code or a scale that lies between two.

@@ -1,11 +1,14 @@
 """GPTQ against its definition: the optimal brain surgeon's update, one feature at a time, with the inverse
 Hessian eliminated step by step and no Cholesky factor anywhere."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from gemini.compress.gptq import activation_order, gptq, inverse_factor, refit_scales
+from gemini.compress.layers import Integers, rounded
 from gemini.compress.quantize import quantize
 
 
@@ -193,3 +196,31 @@ def test_refitting_never_loses_and_mostly_wins(subtests):
             assert (errors[1] <= errors[0] * (1 + 1e-4)).all()
             assert errors[1].sum() < 0.99 * errors[0].sum()
             assert found.dequantized()[3].abs().max() == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_another_result_are_taken_as_they_are(symmetric):
+    weight, hessian = case(24, 150)
+    options = {"bits": 4, "block_size": 32, "symmetric": symmetric}
+    made = gptq(weight, hessian, **options)
+    again = gptq(weight, hessian, **options, like=made)
+    assert torch.equal(again.qweight, made.qweight) and torch.equal(again.scales, made.scales)
+    other = replace(made, scales=made.scales * 2)
+    found = gptq(weight, hessian, **options, like=other)
+    assert torch.equal(found.scales, other.scales) and not torch.equal(found.qweight, made.qweight)
+    if not symmetric:
+        assert torch.equal(found.zero_points, made.zero_points)
+
+
+def test_a_second_round_with_refitted_scales_is_better_still():
+    weight, hessian = case(64, 256)
+    errors = []
+    for rounds in (1, 2):
+        made = None
+        for _ in range(rounds):
+            made = refit_scales(weight, hessian, gptq(weight, hessian, bits=4, block_size=32, like=made))
+        wrong = (weight - made.dequantized()).double()
+        errors.append(float(torch.einsum("ri,ij,rj->", wrong, hessian.double(), wrong)))
+    assert errors[1] < 0.99 * errors[0]
+    twice = rounded(weight, hessian, Integers(4, 32, symmetric=False, fit="moments"))
+    assert torch.equal(twice.dequantized(), made.dequantized())

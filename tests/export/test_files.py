@@ -11,7 +11,7 @@ import pytest
 from gemini.errors import BundleError, ExportError
 from gemini.export import bundle
 from gemini.export.float_compute import float_compute
-from gemini.export.graph_file import ALIGNMENT, write_graph, write_weights
+from gemini.export.graph_file import CACHE_LINE, LARGE_BYTES, PAGE, write_graph, write_weights
 from gemini.export.operators import check_operators
 
 
@@ -28,14 +28,17 @@ def _graph(nodes: list[ir.Node], arrays: dict[str, np.ndarray]) -> ir.Model:
 
 def test_equal_bytes_are_stored_once_and_aligned(tmp_path: Path):
     table = np.arange(4096, dtype=np.uint8).reshape(64, 64)
-    arrays = {"a": table, "b": table.reshape(64, 2, 32), "c": table + 1, "small": np.ones(3, np.float32)}
+    arrays = {"a": table, "b": table.reshape(64, 2, 32), "c": table[:40] + 1, "small": np.ones(3, np.float32)}
+    arrays["odd"] = table.reshape(-1)[:2_000] + 2
+    arrays["large"] = np.arange(LARGE_BYTES, dtype=np.uint32).astype(np.uint8)
     model = _graph([], arrays)
     sizes = write_weights([model], tmp_path / "g.data")
-    assert sizes == {"a": 4096, "b": 0, "c": 4096, "small": 12}
+    assert sizes == {"a": 4096, "b": 0, "c": 2560, "small": 12, "odd": 2_000, "large": LARGE_BYTES}
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
     assert tensors["a"].offset == tensors["b"].offset
-    assert tensors["c"].offset % ALIGNMENT == 0
-    assert (tmp_path / "g.data").stat().st_size == 8192
+    assert tensors["c"].offset == 4096 and tensors["odd"].offset == 6656  # not a page, but a line
+    assert tensors["odd"].offset % CACHE_LINE == 0 and tensors["large"].offset % PAGE == 0
+    assert (tmp_path / "g.data").stat().st_size == 12_288 + LARGE_BYTES
     write_graph(model, tmp_path / "g.onnx")
     loaded = ir.load(tmp_path / "g.onnx")
     for name, array in arrays.items():
