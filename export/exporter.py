@@ -258,7 +258,11 @@ def _by_component(sizes: dict[str, int], paths: list[Path]) -> dict[str, int]:
     """Bytes by the first part of the module path that tells components apart, plus the graphs themselves."""
     totals: Counter[str] = Counter()
     for name, size in sizes.items():
-        parts = [p for p in name.split("+")[0].split(".") if not p.isdigit() and p not in ("model", "head")]
+        parts = [
+            p
+            for p in name.split("+")[0].split(".")
+            if not p.isdigit() and p not in ("model", "head", "parts")
+        ]
         totals[".".join(parts[:-1][-2:]) or "other"] += size
     totals["graph"] = sum(path.stat().st_size for path in paths)
     return dict(totals.most_common())
