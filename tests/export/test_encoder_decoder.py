@@ -70,8 +70,14 @@ def test_runtime_generates_the_tokens_of_transformers(name, make_pair, tmp_path)
     np.testing.assert_allclose(logits, expected.numpy(), atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4"])
-def test_quantized_pair_stores_its_shared_table_once(recipe, make_pair, tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "table"),
+    [
+        ("int8", 101 * 64),  # one byte a weight
+        ("int4", 16 * 64 + 85 * 32),  # of the first eighth, up to a multiple of 16, one; of the others half
+    ],
+)
+def test_quantized_pair_stores_its_shared_table_once(recipe, table, make_pair, tmp_path):
     checkpoint = make_pair("bart")
     (report,) = run_recipe(checkpoint, load_recipe(recipe), None, progress=False)
     assert {layer.kind for layer in report.layers} == {"linear", "embedding", "tied head"}
@@ -79,7 +85,6 @@ def test_quantized_pair_stores_its_shared_table_once(recipe, make_pair, tmp_path
     raw = session.bundle.manifest.raw
     assert raw["verification"]["largest_difference"] < 1e-3
     assert raw["form"].startswith("grouped"), raw["refused_forms"]
-    table = 101 * 64  # one byte a weight
     stored = {
         name: size for name, size in raw["bytes"].items() if "embed_tokens" in name or name == "lm_head"
     }
