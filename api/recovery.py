@@ -66,7 +66,7 @@ class Recovery:
 
         More of them than a compression without recovery waits for: it is a small part of the minutes.
         """
-        chosen = spread(list(self.lessons.rows), min(CALIBRATION_ROWS, len(self.lessons.rows)))
+        chosen = spread(list(self.lessons.rows), CALIBRATION_ROWS)
         tokens = sum(row.size for row in chosen)
         return [row[None] for row in chosen], {**self.lessons.described, "tokens": tokens}
 

@@ -297,7 +297,7 @@ def _edit(
     if head and seen is None and table_windows:
         with dense_weights(model):
             seen = second_moment(model, table_windows, head)
-    layers = [*_edit_ends(model, selection, table, moments, seen), *reports]
+    layers = [*_edit_ends(model, selection, table, seen), *reports]
     layers += _edit_convolutions(model, selection, ends)
     for name, (new, _) in packed.items():
         _replace(model, model.get_submodule(name), new)
@@ -362,7 +362,6 @@ def _edit_ends(
     model: nn.Module,
     selection: Selection,
     table: Integers | Split,
-    moments: Mapping[str, Tensor],
     hessian: Tensor | None = None,
 ) -> Iterator[LayerReport]:
     """Quantize token embedding and head; when tied, the head is built on the embedding's own buffers.
@@ -370,16 +369,14 @@ def _edit_ends(
     ``hessian``: of the head's inputs, for GPTQ.
     """
     shared = None
-    importance = moments.get(selection.head or "")
     if selection.embedding:
         old = model.get_submodule(selection.embedding)
-        weighing = (importance, hessian) if selection.tied else (None, None)
-        shared = make_table(weight_of(old), table, selection.scale_by, *weighing)
+        shared = make_table(weight_of(old), table, selection.scale_by, hessian if selection.tied else None)
         yield from table_reports(selection.embedding, "embedding", weight_of(old), shared)
     if selection.head:
         head = model.get_submodule(selection.head)
         twin = shared if selection.tied else None
-        new = make_head(weight_of(head), head.bias, table, importance, hessian, twin)
+        new = make_head(weight_of(head), head.bias, table, hessian, twin)
         kind = "tied head" if selection.tied else "head"
         for report in table_reports(selection.head, kind, weight_of(head), new):
             yield replace(report, parameters=0, bytes=0) if selection.tied else report

@@ -109,7 +109,6 @@ def make_head(
     weight: Tensor,
     bias: Tensor | None,
     form: Integers | Split,
-    importance: Tensor | None = None,
     hessian: Tensor | None = None,
     table: QuantizedEmbedding | SplitEmbedding | None = None,
 ) -> nn.Module:
@@ -118,24 +117,23 @@ def make_head(
     if isinstance(form, Split):
         tables = table.parts if isinstance(table, SplitEmbedding) else [None, None]
         return SplitLinear(
-            make_head(weight[span], None if bias is None else bias[span], each, importance, hessian, own)
+            make_head(weight[span], None if bias is None else bias[span], each, hessian, own)
             for (span, each), own in zip(form.parts(len(weight)), tables, strict=False)
         )
     assert not isinstance(table, SplitEmbedding)
     made: QuantizedEmbedding | Quantized | None = table
     if made is None and hessian is not None and form.bits == 4:
         made = rounded(weight, hessian, form)
-    return make_linear(weight, bias, form, importance, made)
+    return make_linear(weight, bias, form, made=made)
 
 
 def make_table(
     weight: Tensor,
     form: Integers | Split,
     scale_by: float | None,
-    importance: Tensor | None = None,
     hessian: Tensor | None = None,
 ) -> QuantizedEmbedding | SplitEmbedding:
-    """The packed token embedding for a float table (V, D); ``importance`` (D,) as a tied head has it.
+    """The packed token embedding for a float table (V, D).
 
     With ``hessian``, E[x x^T] of what a tied head reads, GPTQ rounds for the head and, by a share of the
     identity, for the rows that are looked up.
@@ -143,10 +141,10 @@ def make_table(
     rows, columns = weight.shape
     if isinstance(form, Split):
         return SplitEmbedding(
-            make_table(weight[span], each, scale_by, importance, hessian) for span, each in form.parts(rows)
+            make_table(weight[span], each, scale_by, hessian) for span, each in form.parts(rows)
         )
     if hessian is None or form.bits == 8:
-        made = quantized(weight, form, importance)
+        made = quantized(weight, form)
     else:
         lookups = LOOKUPS * hessian.diagonal().mean() * torch.eye(columns, dtype=hessian.dtype)
         made = rounded(weight, hessian + lookups, form)

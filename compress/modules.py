@@ -296,17 +296,15 @@ class QuantizedEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, block_size={self.block_size}"
 
 
-class SplitLinear(nn.Module):
-    """A linear layer whose output features are those of its parts, one part after the other."""
+class _ByRows(nn.Module):
+    """A weight whose rows are those of its parts, one part after the other."""
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
-        self.in_features = self.parts[0].in_features
-        self.out_features = sum(part.out_features for part in self.parts)
 
     def dequantized(self) -> Tensor:
-        """The weight as float32 (out_features, in_features)."""
+        """The weight as float32 (rows, columns), without what the parts of a table multiply by."""
         return self.weight
 
     @property
@@ -314,28 +312,27 @@ class SplitLinear(nn.Module):
         """The float weight, for model code that reads ``layer.weight`` (its dtype, mostly)."""
         return torch.cat([part.weight for part in self.parts])
 
+
+class SplitLinear(_ByRows):
+    """A linear layer whose output features are those of its parts, one part after the other."""
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        super().__init__(parts)
+        self.in_features = self.parts[0].in_features
+        self.out_features = sum(part.out_features for part in self.parts)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return torch.cat([part(x) for part in self.parts], -1)
 
 
-class SplitEmbedding(nn.Module):
+class SplitEmbedding(_ByRows):
     """A token embedding whose rows are those of its parts, one part after the other."""
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
+        super().__init__(parts)
         self.sizes = [part.num_embeddings for part in self.parts]
         self.num_embeddings, self.embedding_dim = sum(self.sizes), self.parts[0].embedding_dim
-
-    def dequantized(self) -> Tensor:
-        """The table as float32 (num_embeddings, embedding_dim), without what its parts multiply by."""
-        return self.weight
-
-    @property
-    def weight(self) -> Tensor:
-        """The float table, for model code that reads ``embedding.weight`` (its dtype, mostly)."""
-        return torch.cat([part.weight for part in self.parts])
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 (...,) -> float32 (..., embedding_dim); every part looks up every token, its nearest row for

@@ -38,6 +38,16 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=torch.arange(20)[None]).logits
 
 
+def make_bart() -> BartForConditionalGeneration:
+    """One table for encoder, decoder and head, whose rows the embeddings multiply by 8."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 160}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return BartForConditionalGeneration(
+        BartConfig(**sizes, **heads, encoder_ffn_dim=96, decoder_ffn_dim=96, scale_embedding=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("spec", "kind", "limit"),
     [
@@ -102,12 +112,7 @@ def test_a_split_table_is_two_tables_one_after_the_other(tied, gptq):
 
 
 def test_embeddings_of_encoder_and_decoder_share_one_table_with_a_factor_each():
-    torch.manual_seed(0)
-    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 160}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    model = BartForConditionalGeneration(
-        BartConfig(**sizes, **heads, encoder_ffn_dim=96, decoder_ffn_dim=96, scale_embedding=True)
-    )
+    model = make_bart()
     model.model.decoder.embed_tokens.embed_scale = 1.0
     model.eval().requires_grad_(False)
     (report,) = run(model, QuantizeInt8())
@@ -119,12 +124,7 @@ def test_embeddings_of_encoder_and_decoder_share_one_table_with_a_factor_each():
 
 
 def test_copies_of_a_split_table_share_its_parts():
-    torch.manual_seed(0)
-    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 160}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    model = BartForConditionalGeneration(
-        BartConfig(**sizes, **heads, encoder_ffn_dim=96, decoder_ffn_dim=96, scale_embedding=True)
-    )
+    model = make_bart()
     model.eval().requires_grad_(False)
     run(model, QuantizeInt4(block_size=32, embedding_bits=4, embedding_wide_share=0.25))
     tables = (model.model.encoder.embed_tokens, model.model.decoder.embed_tokens, model.model.shared)

@@ -145,8 +145,10 @@ def test_split_tables_export(name, make_checkpoint, tmp_path):
     run_recipe(checkpoint, Recipe("test", (spec,)), None, progress=False)
     exported = export_checkpoint(checkpoint, tmp_path, progress=False)
     assert not exported.refused and exported.verification["largest_difference"] < 1e-3
-    stored = [key for key in exported.bytes if "embed" in key or "lm_head" in key]
-    assert len(stored) == len({key.rpartition(".parts.")[2] for key in stored})  # once, tied or not
+    if name == "llama":
+        codes = 32 * 64 + 69 * 32  # a quarter of 101 rows, to a multiple of 16, at 8 bits
+        stored = [size for key, size in exported.bytes.items() if "embed" in key or "lm_head" in key]
+        assert codes < sum(stored) < 2 * codes  # once, although tied
     graph = onnx.load(
         tmp_path / f"{'decoder' if name == 'llama' else 'encoder'}.onnx", load_external_data=False
     )
