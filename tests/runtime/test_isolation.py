@@ -92,14 +92,21 @@ def test_a_user_who_sets_the_variable_keeps_it():
     assert python(code, ORT_DISABLE_TELEMETRY="0") == "0\n"
 
 
-def test_importing_the_runtime_costs_little_beyond_its_libraries(tmp_path):
+def test_importing_the_runtime_loads_little_beyond_its_libraries():
     code = """
-import time
-import onnxruntime, numpy, tokenizers
-start = time.process_time()
+import sys
+import numpy, onnxruntime, tokenizers
+before = set(sys.modules)
 import gemini.runtime
-print(time.process_time() - start)
+print(*sorted(set(sys.modules) - before), sep="\\n")
 """
-    # Processor time, the best of some: other processes must not decide. The first run writes the bytecode.
-    cache = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
-    assert min(float(python(code, **cache)) for _ in range(4)) < 0.06
+    added = python(code).split()
+    # Modules and not seconds, which depend on the machine; `gemini-edge bench` reports the time of a start.
+    own = [name for name in added if name.split(".")[0] == "gemini"]
+    assert "gemini.runtime.decoder" in own and not [
+        name for name in own if name.split(".")[1:2] not in ([], ["runtime"], ["errors"])
+    ]
+    tops = {name.split(".")[0] for name in added} - {"gemini", "numpy"}
+    assert tops <= sys.stdlib_module_names
+    slow = {"asyncio", "ctypes", "email", "http", "inspect", "multiprocessing", "sqlite3", "ssl", "unittest"}
+    assert not tops & slow and len(added) - len(own) < 40
