@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,23 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gemini.benchmarks.report import to_plain
-from gemini.benchmarks.text import TextSource, default_text, read_text, shipped_text
+from gemini.benchmarks.text import TextSource, default_text, read_text
 from gemini.compress.calibrate import Window
-from gemini.compress.depth import prune_layers
+from gemini.compress.depth import prune_layers, states_to_have
 from gemini.compress.prune import prune_units
+from gemini.compress.refit import Refitted, refit
 from gemini.compress.vocabulary import prune_vocabulary, write_tokenizer
 from gemini.errors import CheckpointError, UsageError
 from gemini.judges import make_judge
 from gemini.model import catalog
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
 from gemini.pair_judge import calibration_feeds
-from gemini.recovery import forget, prepare_recovery, recover_pruned
-from gemini.samples import pictures, sentence_windows, text_windows
+from gemini.pipeline import calibration_windows
+from gemini.recovery import Recovery, forget, prepare_recovery, recover_pruned
+from gemini.samples import pictures
 
-WINDOWS, WINDOW, SENTENCES, IMAGES = 16, 256, 100, 16
+IMAGES = 16
+LOOKED_AT = 8  # windows that units and layers are chosen by; all of them are fitted to
 # What makes a sentence encoder of a folder, beside the model and its tokenizer.
 _SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
@@ -56,9 +59,10 @@ def prune_checkpoint(
 
     Layers go first, then heads and widths, then tokens: ``vocabulary`` names text files, and a token that
     they never use is left out. ``by`` as in ``depth.prune_layers``, ``compensate`` as in
-    ``prune.prune_units``. With ``recover`` a smaller generator then learns so many minutes from what it was
-    (`recovery.recover_pruned`), before tokens go. The report, pruning.json in the folder, has the accuracy
-    before and after. RecipeError for what cannot be cut.
+    ``prune.prune_units``; what writes to the states is then fitted to the whole model's (``refit.refit``).
+    With ``recover`` a smaller generator learns so many minutes from what it was (`recovery.recover_pruned`),
+    before tokens go. The report, pruning.json in the folder, has the accuracy before and after. RecipeError
+    for what cannot be cut.
     """
     output = Path(output)
     if not (layers or heads or width or vocabulary):
@@ -70,7 +74,6 @@ def prune_checkpoint(
     evaluation = TextSource(Path(eval_text).name, read_text(eval_text)) if eval_text else None
     evaluation = evaluation or TextSource(f"{built_in.name}, second half", built_in.evaluation)
     learning = TextSource(Path(calibration).name, read_text(calibration)) if calibration else None
-    learning = learning or shipped_text()
     checkpoint = load_checkpoint(source, task)
     recovery = None
     if adapters and recover is None:
@@ -78,32 +81,36 @@ def prune_checkpoint(
     if recover is not None:
         if not (layers or heads or width):
             raise UsageError("Leaving out tokens loses nothing to recover.", "Leave --recover out.")
-        own = learning if calibration else None
-        recovery = prepare_recovery(checkpoint, output, recover, None, own, progress)
+        recovery = prepare_recovery(checkpoint, output, recover, None, learning, progress)
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch:
         before = make_judge(checkpoint, evaluation, Path(scratch))
+        windows, described = (
+            _windows(checkpoint, learning, recovery, progress) if layers or heads or width else ([], {})
+        )
         made, cuts = checkpoint, []
+        kept: Mapping[str, Sequence[int]] = {}
+        pairs = None
         if layers:
             shallower = prune_layers(
-                made.model, _windows(made, learning), fraction=layers, by=by, progress=progress
+                made.model, windows[:LOOKED_AT], fraction=layers, by=by, progress=progress
             )
             made = replace(made, model=shallower.model)
             cuts.append({"type": "layers", **to_plain(asdict(shallower.report))})
+            kept = shallower.report.kept
+            pairs = states_to_have(shallower.report)
         if heads or width:
             thinner = prune_units(
-                made.model,
-                _windows(made, learning),
-                heads=heads,
-                width=width,
-                compensate=compensate,
-                progress=progress,
+                made.model, windows, heads=heads, width=width, compensate=compensate, progress=progress
             )
             made = replace(made, model=thinner.model)
             cuts.append({"type": "units", **to_plain(asdict(thinner.report))})
+        fitted: tuple[Refitted, ...] = ()
+        if compensate and cuts and checkpoint.family != "vision":  # pictures at hand are no photographs
+            fitted = refit(made.model, checkpoint.model, windows, kept, progress=progress)
         learned = None
         if recovery:
             kind = {"cuts": cuts, "compensate": compensate}
-            learned = recover_pruned(made.model, checkpoint.model, recovery, kind, adapters, progress)
+            learned = recover_pruned(made.model, checkpoint.model, recovery, kind, adapters, progress, pairs)
         output.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
         try:
@@ -124,9 +131,10 @@ def prune_checkpoint(
                 "before": {"parameters": parameters(checkpoint), **before.reference},
                 "after": {"parameters": parameters(made), **after},
                 "cuts": cuts,
+                "refitted": [asdict(each) for each in fitted],
                 "recovery": learned,
                 "evaluation": before.data(),
-                "calibration": learning.to_dict(),
+                "calibration": described,
             }
             plain: dict[str, Any] = json.loads(json.dumps(to_plain(report)))
             (staged / "pruning.json").write_text(json.dumps(plain, indent=1), "utf-8")
@@ -145,14 +153,18 @@ def parameters(checkpoint: Checkpoint) -> int:
     return sum(parameter.numel() for parameter in checkpoint.model.parameters())
 
 
-def _windows(checkpoint: Checkpoint, text: TextSource) -> list[Window]:
-    """Calibration data as the model reads it."""
+def _windows(
+    checkpoint: Checkpoint, text: TextSource | None, recovery: Recovery | None, progress: bool
+) -> tuple[list[Window], dict[str, Any]]:
+    """Calibration data as the model reads it, and what to report about it."""
     if checkpoint.family == "vision":
         shape = (checkpoint.model.config.num_channels, *_sides(checkpoint))
-        return [{"pixel_values": image[None]} for image in pictures(shape, IMAGES)]
-    if checkpoint.family == "encoder":
-        return list(sentence_windows(checkpoint, text, SENTENCES))
-    return list(calibration_feeds(checkpoint, text_windows(checkpoint, text, WINDOWS, WINDOW)))
+        return [{"pixel_values": image[None]} for image in pictures(shape, IMAGES)], {"name": "smooth noise"}
+    if recovery:
+        rows, described = recovery.calibration()
+        return list(rows), described
+    windows, described = calibration_windows(checkpoint, text, progress)
+    return calibration_feeds(checkpoint, windows), described
 
 
 def _sides(checkpoint: Checkpoint) -> tuple[int, int]:

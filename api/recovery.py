@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -166,18 +166,20 @@ def recover_pruned(
     cuts: Mapping[str, Any],
     adapters: str | None = None,
     progress: bool = True,
+    pairs: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Let a float model that was pruned with ``cuts`` learn, in place; returns what to report.
 
     All of its weights but token embedding and head, or with ``adapters`` "lora" or "qlora" what low-rank
-    adapters add to them. Hidden states count beside logits: they have the teacher's width.
+    adapters add to them. Hidden states count beside logits: they have the teacher's width. ``pairs``: the
+    teacher's layer whose states each layer should have, where some were left out.
     """
     kind = {**cuts, "adapters": adapters}
     if adapters:
         with adapted(student, nf4=adapters == "qlora"):
-            return _learn(student, teacher, recovery, kind, progress, STATES)
+            return _learn(student, teacher, recovery, kind, progress, STATES, pairs=pairs)
     let_weights_learn(student)
-    report = _learn(student, teacher, recovery, kind, progress, STATES)
+    report = _learn(student, teacher, recovery, kind, progress, STATES, pairs=pairs)
     student.requires_grad_(False)
     return report
 
@@ -195,6 +197,7 @@ def _learn(
     progress: bool,
     states: float = 0.0,
     rate: float = Distillation.rate,
+    pairs: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Distill; a run of the same kind, text and models that was cut off goes on, others are forgotten."""
     lessons = recovery.lessons
@@ -204,7 +207,16 @@ def _learn(
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
     options = Distillation(minutes=lessons.minutes, states=states, rate=rate)
-    found = distill(student, teacher, lessons.rows, lessons.held_out, options, folder=folder, show=progress)
+    found = distill(
+        student,
+        teacher,
+        lessons.rows,
+        lessons.held_out,
+        options,
+        pairs=pairs,
+        folder=folder,
+        show=progress,
+    )
     return {**asdict(found), "text": lessons.described}
 
 

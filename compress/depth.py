@@ -176,6 +176,15 @@ def prune_layers(
     return Shallower(made, report)
 
 
+def states_to_have(report: DepthReport) -> list[int] | None:
+    """For each block that stays, the block of the whole model behind which states are what it should put out:
+    the last before the next one that stays. None if there is not one stack alone."""
+    if len(report.kept) != 1:
+        return None
+    ((path, kept),) = report.kept.items()
+    return [following - 1 for following in (*kept[1:], len(report.influence[path]))]
+
+
 @contextmanager
 def skipping(model: nn.Module, drop: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """Inside the block the named blocks {stack: indices} of a model hand their states on as they come.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def distill(
     held_out: NDArray[np.int64],
     options: Distillation,
     *,
+    pairs: Sequence[int] | None = None,
     folder: Path | None = None,
     show: bool = True,
 ) -> DistillationReport:
@@ -79,6 +81,7 @@ def distill(
 
     Args:
         rows: token ids (N, S) to learn from; ``held_out``: others (M, S) to choose the best state by.
+        pairs: the teacher's layer whose states each layer of the student should have (`state_distance`).
         folder: where the state of the run is kept; one that lies there is continued.
 
     Raises:
@@ -103,7 +106,7 @@ def distill(
         while over < 1 and done.stale < options.patience:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * learning_rate_factor(done.step, options.warmup, over)
-            loss = _step(student, teacher, rows[order.indices(done.step)], options.states, optimizer)
+            loss = _step(student, teacher, rows[order.indices(done.step)], options.states, pairs, optimizer)
             if not math.isfinite(loss):
                 raise RecipeError(
                     f"Recovery fails: the loss at step {done.step} is {loss}.",
@@ -147,6 +150,7 @@ def _step(
     teacher: nn.Module,
     ids: NDArray[np.int64],
     states: float,
+    pairs: Sequence[int] | None,
     optimizer: torch.optim.Optimizer,
 ) -> float:
     """One step of the optimizer on a batch (B, S); returns the divergence before it."""
@@ -156,7 +160,7 @@ def _step(
     found = student(**batch)
     loss = logits_loss = divergence(found.logits, known.logits)
     if states:
-        loss = loss + states * state_distance(found.hidden_states[1:], known.hidden_states[1:])
+        loss = loss + states * state_distance(found.hidden_states[1:], known.hidden_states[1:], pairs)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

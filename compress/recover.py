@@ -57,15 +57,19 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return found
 
 
-def state_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+def state_distance(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], pairs: Sequence[int] | None = None
+) -> Tensor:
     """Mean of ``|s - t|^2 / |t|^2`` over tokens and layers, of states (B, S, D) behind every layer.
 
     Each token counts alike, so the first one, whose states are hundreds of times as large as others (Sun et
-    al., arXiv:2402.17762), does not outweigh the rest. A student with fewer layers is compared with evenly
-    spaced ones of the teacher, the last with the last.
+    al., arXiv:2402.17762), does not outweigh the rest. ``pairs``: the teacher's layer for each of a student's
+    that has fewer; evenly spaced ones if None, the last with the last.
     """
     count = len(student)
-    paired = [teacher[-(-(index + 1) * len(teacher) // count) - 1] for index in range(count)]
+    if pairs is None:
+        pairs = [-(-(index + 1) * len(teacher) // count) - 1 for index in range(count)]
+    paired = [teacher[index] for index in pairs]
     distances = [
         ((s - t).square().sum(-1) / t.square().sum(-1).clamp_min(torch.finfo(t.dtype).tiny)).mean()
         for s, t in zip(student, paired, strict=True)

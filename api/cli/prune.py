@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="do not let the heads and units that stay make up for the others",
+        help="do not let what stays make up for what goes",
     )
     parser.add_argument(
         "--recover",
@@ -65,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-text", metavar="FILE", help="text to measure accuracy on, instead of the built-in one"
     )
     parser.add_argument(
-        "--calibration", metavar="FILE", help="text to calibrate on, instead of the built-in one"
+        "--calibration",
+        metavar="FILE",
+        help="text to calibrate on, instead of what a generator writes itself and the built-in one",
     )
     parser.add_argument("--force", action="store_true", help="replace what lies at DIR")
 

@@ -18,7 +18,7 @@ from pruning_models import (
 )
 from torch import nn
 
-from gemini.compress.depth import block_influence, least_missed, prune_layers
+from gemini.compress.depth import block_influence, least_missed, prune_layers, states_to_have
 from gemini.errors import CheckpointError, RecipeError
 
 
@@ -209,3 +209,16 @@ def _hybrid() -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "encoder_layers": 4}
     config = GeminiConfig(vocab_size=96, image_channels=(4, 8, 16), fusion="hybrid", joint_layers=2, **sizes)
     return GeminiForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(("drop", "expected"), [([0], [1, 2]), ([1], [1, 2]), ([2], [0, 2]), ([0, 2], [2])])
+def test_states_to_have_are_those_before_the_next_block_that_stays(drop, expected):
+    model, window = llama(), IDS[0]
+    made = prune_layers(model, IDS, drop={"model.layers": drop}, progress=False)
+    assert states_to_have(made.report) == expected
+    # What a block that stays hands on without a fit is what the next one that stays was given.
+    states = states_of(model, "model.layers", window)
+    assert len(states) == 4 and len(expected) == 3 - len(drop)
+    for index, kept in enumerate(made.report.kept["model.layers"][1:]):
+        assert torch.equal(states[kept], states[expected[index] + 1])
+    assert states_to_have(prune_layers(t5(), windows_for(t5()), fraction=0.4, progress=False).report) is None

@@ -60,6 +60,9 @@ def test_state_distance_counts_every_token_alike_and_pairs_layers_evenly():
                 expected += float(((s - t) ** 2).sum() / (t**2).sum()) / (4 * 2 * 3)
     assert float(state_distance(student, teacher)) == pytest.approx(expected, rel=1e-5)
     assert float(state_distance(teacher, teacher)) == 0
+    named = [0, 2, 3, 5]
+    same = [teacher[index] for index in named]
+    assert float(state_distance(same, teacher, named)) == 0 < float(state_distance(same, teacher))
 
 
 def packed(bits, symmetric, columns=80, rows=6):

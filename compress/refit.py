@@ -1,0 +1,213 @@
+"""What stays of a model that was cut is fitted, in closed form, to put out what the whole model's states are.
+
+    refit(smaller, model, windows, {"model.layers": (0, 1, 2, 4, 5)})
+
+A block that lost something, or whose neighbour did, hands other states on than the whole model's. Some of the
+difference is linear in what its last products read, and those products can make up for it: with the inputs z
+of a product, the states s behind it and those t of the whole model at the same place, its weight W becomes
+
+    W + D,   D = argmin sum |t - s - D z|^2 + lambda |D|^2 = sum (t - s) z^T (sum z z^T + lambda I)^-1
+
+block by block, each on what the fitted blocks before put out: ridge regression (Hoerl and Kennard, 1970)
+towards the weight that there is. Products that write to the states are found by running a block: whatever is
+added to their output is added to the states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from gemini.compress.calibrate import LOUDEST, Window, batches, each_input
+from gemini.compress.stream import Call, find_stacks, record_calls
+from gemini.compress.structure import plain_linears, size_of
+
+DAMPING = 6.0  # tokens a feature
+_EXACT = 1e-4  # of the largest state: what rounding may do to a sum
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """A product and how far the states behind it are from the whole model's, before and after: the share
+    E |t - s|^2 / E |t|^2 over the calibration windows."""
+
+    name: str
+    before: float
+    after: float
+
+
+def refit(
+    smaller: nn.Module,
+    whole: nn.Module,
+    windows: Sequence[Window],
+    kept: Mapping[str, Sequence[int]] | None = None,
+    *,
+    damping: float = DAMPING,
+    progress: bool = True,
+) -> tuple[Refitted, ...]:
+    """Fit the products of ``smaller`` that write to its states, in place; returns what it came to.
+
+    Args:
+        smaller: what was cut from ``whole``: fewer blocks, narrower ones, or both; states are as wide.
+        windows: calibration data, as ``stream`` takes them.
+        kept: {stack: indices} of the blocks of ``whole`` that stayed; a stack that is not named kept all.
+        damping: how much the weight that there is counts, in tokens for each feature of z: lambda is
+            ``damping`` times the size of z times the mean of E[z^2]. Few tokens then change little.
+
+    Stacks whose blocks are not called once a window, and products behind which states are normed before they
+    leave the block, are left as they are.
+    """
+    windows = batches(windows)
+    originals = dict(find_stacks(whole, plain_linears(whole)))
+    found: list[Refitted] = []
+    for path, stack in find_stacks(smaller, plain_linears(smaller)):
+        original = originals[path]
+        indices = list((kept or {}).get(path, range(len(original))))
+        own, known = record_calls(smaller, stack, windows), record_calls(whole, original, windows)
+        if any(len(each) != len(windows) for each in (*own, *known)):
+            continue
+        states, wanted = ([call.states for call in calls[0]] for calls in (own, known))
+        at = 0  # the block of the whole model that reads ``wanted``
+        bar = tqdm(stack, desc=f"refit {path}", unit="block", delay=2, leave=False, disable=not progress)
+        for index, block in enumerate(bar):
+            end = indices[index + 1] if index + 1 < len(stack) else len(original)
+            while at < indices[index]:  # blocks before the first that stayed
+                wanted = _through(original[at], known[at], wanted)
+                at += 1
+            writers = _writers(block, own[index][0], states[0])
+            targets = _states_behind(original[at], known[at], wanted, writers)
+            wanted = targets[-1]
+            for left_out in range(at + 1, end):
+                wanted = _through(original[left_out], known[left_out], wanted)
+            targets[-1], at = wanted, end
+            for place, name in enumerate(writers):
+                moved = _fit(block, own[index], states, writers[place:], targets[place], damping)
+                if moved:
+                    found.append(Refitted(f"{path}.{index}.{name}", *moved))
+            states = _through(block, own[index], states)
+    return tuple(found)
+
+
+def _through(block: nn.Module, calls: Sequence[Call], states: Sequence[Tensor]) -> list[Tensor]:
+    return [call.run(block, state) for call, state in zip(calls, states, strict=True)]
+
+
+def _writers(block: nn.Module, call: Call, states: Tensor) -> list[str]:
+    """The linear layers whose output is added to the states as it is, in the order in which they run.
+
+    Tried from the last to the first, each with the outputs of those behind it fixed.
+    """
+    layers = {name: m for name, m in plain_linears(block).items() if size_of(m)[0] == states.shape[-1]}
+    with _outputs(layers) as plain:
+        after = call.run(block, states)
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Tensor] = {}
+    for name, output in reversed(plain.items()):
+        if output.shape != after.shape:
+            continue
+        scale = float(output.abs().max())
+        added = scale * torch.randn(output.shape, generator=generator).to(output)
+        with _outputs(layers, {**found, name: output + added}):
+            moved = call.run(block, states) - after
+        if float((moved - added).abs().max()) <= _EXACT * max(float(after.abs().max()), scale):
+            found[name] = output
+    return list(found)[::-1]
+
+
+@contextmanager
+def _outputs(
+    layers: Mapping[str, nn.Module], put: Mapping[str, Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """What the layers put out inside the block, by name in the order of their last calls; those named in
+    ``put`` put out that instead."""
+    made: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def take(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            made.pop(name, None)
+            made[name] = (put or {}).get(name, output)
+            return made[name]
+
+        return take
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _states_behind(
+    block: nn.Module, calls: Sequence[Call], states: Sequence[Tensor], writers: Sequence[str]
+) -> list[list[Tensor]]:
+    """For each writer, the states of every window once it and those before it have written; those behind the
+    block where nothing writes."""
+    behind: list[list[Tensor]] = [[] for _ in writers or [""]]
+    layers = {name: block.get_submodule(name) for name in writers}
+    for call, state in zip(calls, states, strict=True):
+        with _outputs(layers) as made:
+            after = call.run(block, state)
+        for place in reversed(range(len(behind))):
+            behind[place].append(after)
+            if place:
+                after = after - made[writers[place]]
+    return behind
+
+
+def _fit(
+    block: nn.Module,
+    calls: Sequence[Call],
+    states: Sequence[Tensor],
+    writers: Sequence[str],
+    targets: Sequence[Tensor],
+    damping: float,
+) -> tuple[float, float] | None:
+    """Fit the first of the writers, in place, to the states wanted before the others write.
+
+    Returns the share of energy that was missed before and is after, None if none was.
+    """
+    layer = block.get_submodule(writers[0])
+    size = size_of(layer)
+    gram = torch.zeros(size[1], size[1], dtype=torch.float64)
+    cross = torch.zeros(size, dtype=torch.float64)
+    missed, energy, count = 0.0, 0.0, 0
+    read: list[Tensor] = []
+    later = {name: block.get_submodule(name) for name in writers[1:]}
+    for call, state, target in zip(calls, states, targets, strict=True):
+        with each_input({"": layer}, lambda _, x: read.append(x)), _outputs(later) as made:
+            found = call.run(block, state) - sum(made.values())
+        wanted = target.reshape(-1, target.shape[-1])
+        quiet = _quiet(wanted)
+        rows = read.pop().reshape(-1, size[1]) * quiet
+        rest = (wanted - found.reshape(wanted.shape)) * quiet
+        gram += (rows.T @ rows).double()
+        cross += (rest.T @ rows).double()
+        count += len(rows)
+        missed += float(rest.square().sum(dtype=torch.float64))
+        energy += float((wanted * quiet).square().sum(dtype=torch.float64))
+    if missed <= _EXACT**2 * energy:
+        return None
+    ridge = damping * float(gram.trace()) / count
+    solved = torch.linalg.solve(gram + ridge * torch.eye(size[1], dtype=gram.dtype), cross.T).T
+    # |r - D z|^2 = |r|^2 - 2 <D, r z^T> + <D z z^T, D>
+    after = missed - 2 * float((solved * cross).sum()) + float(((solved @ gram) * solved).sum())
+    step = (solved.T if isinstance(layer, Conv1D) else solved).float()
+    with torch.no_grad():
+        weight: Any = layer.weight
+        weight.add_(step)
+    return missed / energy, after / energy
+
+
+def _quiet(states: Tensor) -> Tensor:
+    """What rows (N, D) are multiplied with, (N, 1), so that the loud first tokens do not decide alone
+    (`calibrate.hushed`)."""
+    sizes = states.norm(dim=1, keepdim=True)
+    return (LOUDEST * sizes.median() / sizes).clamp(max=1.0).nan_to_num(1.0)
