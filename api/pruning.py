@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from gemini.recovery import Recovery, forget, prepare_recovery, recover_pruned
 from gemini.samples import pictures
 
 IMAGES = 16
-LOOKED_AT = 8  # windows that units and layers are chosen by; all of them are fitted to
+LOOKED_AT = 32  # windows that layers are chosen by; what stays is fitted to all
 # What makes a sentence encoder of a folder, beside the model and its tokenizer.
 _SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
@@ -59,7 +59,7 @@ def prune_checkpoint(
 
     Layers go first, then heads and widths, then tokens: ``vocabulary`` names text files, and a token that
     they never use is left out. ``by`` as in ``depth.prune_layers``, ``compensate`` as in
-    ``prune.prune_units``; what writes to the states is then fitted to the whole model's (``refit.refit``).
+    ``prune.prune_units``; layers that stay are fitted to the whole model's states too (``refit.refit``).
     With ``recover`` a smaller generator learns so many minutes from what it was (`recovery.recover_pruned`),
     before tokens go. The report, pruning.json in the folder, has the accuracy before and after. RecipeError
     for what cannot be cut.
@@ -88,7 +88,7 @@ def prune_checkpoint(
             _windows(checkpoint, learning, recovery, progress) if layers or heads or width else ([], {})
         )
         made, cuts = checkpoint, []
-        kept: Mapping[str, Sequence[int]] = {}
+        fitted: tuple[Refitted, ...] = ()
         pairs = None
         if layers:
             shallower = prune_layers(
@@ -96,17 +96,17 @@ def prune_checkpoint(
             )
             made = replace(made, model=shallower.model)
             cuts.append({"type": "layers", **to_plain(asdict(shallower.report))})
-            kept = shallower.report.kept
             pairs = states_to_have(shallower.report)
+            if compensate and checkpoint.family != "vision":  # pictures at hand are no photographs
+                fitted = refit(
+                    made.model, checkpoint.model, windows, shallower.report.kept, progress=progress
+                )
         if heads or width:
             thinner = prune_units(
                 made.model, windows, heads=heads, width=width, compensate=compensate, progress=progress
             )
             made = replace(made, model=thinner.model)
             cuts.append({"type": "units", **to_plain(asdict(thinner.report))})
-        fitted: tuple[Refitted, ...] = ()
-        if compensate and cuts and checkpoint.family != "vision":  # pictures at hand are no photographs
-            fitted = refit(made.model, checkpoint.model, windows, kept, progress=progress)
         learned = None
         if recovery:
             kind = {"cuts": cuts, "compensate": compensate}
