@@ -36,7 +36,6 @@ MINUTES_A_SAMPLING = 8.0  # of the time given: sampling takes about one of them
 MOST_SAMPLINGS, MOST_ROWS = 16, 8192
 HELD_OUT = 16  # rows
 CALIBRATION_ROWS = 256
-RATE = 4e-4  # of what is quantized; steps as large as those of pruned weights undo what GPTQ did
 STATES = 1.0  # the weight of hidden states beside logits, where whole weights learn
 
 
@@ -154,7 +153,7 @@ def recover_quantized(
     kind = {**recipe.to_dict(), "codes": recovery.codes}
     make_learnable(student, recovery.codes)
     with dense_weights(student):  # the head, which stays as it is, is not unpacked at every step
-        report = _learn(student, recovery.teacher or original, recovery, kind, progress, rate=RATE)
+        report = _learn(student, recovery.teacher or original, recovery, kind, progress)
     settle(student)
     return report
 
@@ -196,7 +195,6 @@ def _learn(
     kind: Mapping[str, Any],
     progress: bool,
     states: float = 0.0,
-    rate: float = Distillation.rate,
     pairs: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Distill; a run of the same kind, text and models that was cut off goes on, others are forgotten."""
@@ -206,7 +204,7 @@ def _learn(
     for other in folder.parent.glob("*"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
-    options = Distillation(minutes=lessons.minutes, states=states, rate=rate)
+    options = Distillation(minutes=lessons.minutes, states=states)
     found = distill(
         student,
         teacher,

@@ -43,7 +43,7 @@ class Distillation:
     """
 
     minutes: float
-    rate: float = 1e-3
+    rate: float = 4e-4
     code_rate: float = 0.005
     states: float = 0.0
     patience: int = 3
