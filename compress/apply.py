@@ -103,7 +103,7 @@ def quantize_int8(
         filters = [name for name in selection.convolutions if has_integer_operator(model.get_submodule(name))]
         ends = convolution_codes(model, windows, filters, spec.activations, progress)
     report = _edit(
-        model, spec, selection, formats, table, {}, progress, divisors=divisors, codes=codes, ends=ends
+        model, spec, selection, formats, table, progress, divisors=divisors, codes=codes, ends=ends
     )
     return replace(
         report,
@@ -129,10 +129,8 @@ def quantize_int4(
         rest = Integers(4, spec.embedding_block_size, spec.symmetric, spec.fit)
         wide = spec.embedding_wide_share
         table = Split(wide, Integers(8, spec.embedding_block_size), rest) if wide else rest
-    again = windows if spec.gptq else ()
-    report = _edit(
-        model, spec, selection, formats, table, moments, progress, spec.sensitive_share, again, windows
-    )
+    share = spec.sensitive_share
+    report = _edit(model, spec, selection, formats, table, progress, windows, spec.gptq, moments, share)
     small_table = selection.head and table.bits == 4
     return replace(
         report,
@@ -166,9 +164,8 @@ def quantize_mixed(
     moments: dict[str, Tensor] = {}
     if not spec.gptq:
         moments = collect_input_moments(model, windows[:MOMENT_WINDOWS], formats, progress)
-    again = windows if spec.gptq else ()
     table = table or FORMATS["int8-64"]
-    report = _edit(model, spec, selection, formats, table, moments, progress, 0.0, again, windows)
+    report = _edit(model, spec, selection, formats, table, progress, windows, spec.gptq, moments)
     return replace(report, skipped=[*report.skipped, *kept], calibration_windows=len(windows))
 
 
@@ -185,7 +182,7 @@ def quantize_nf4(
     size = PerBlock().size
     selection = select_layers(model, 1, spec.skip, None if spec.embedding_bits == 32 else size)
     formats: dict[str, Format] = dict.fromkeys(selection.linears, Bnb4(spec.block_size))
-    return _edit(model, spec, selection, formats, Integers(spec.embedding_bits, size), {}, progress)
+    return _edit(model, spec, selection, formats, Integers(spec.embedding_bits, size), progress)
 
 
 Pass = Callable[[nn.Module, Any, Sequence[Window], bool], PassReport]
@@ -246,18 +243,19 @@ def _edit(
     selection: Selection,
     formats: Mapping[str, Format],
     table: Integers | Split,
-    moments: Mapping[str, Tensor],
     progress: bool,
-    sensitive_share: float = 0.0,
     windows: Sequence[Window] = (),
-    table_windows: Sequence[Window] = (),
+    gptq: bool = False,
+    moments: Mapping[str, Tensor] = MappingProxyType({}),
+    sensitive_share: float = 0.0,
     divisors: Mapping[str, Tensor] = MappingProxyType({}),
     codes: Mapping[str, Codes] = MappingProxyType({}),
     ends: Mapping[str, tuple[Codes, Codes]] = MappingProxyType({}),
 ) -> PassReport:
-    """Pack every selected layer, those in stacks of blocks with GPTQ where there are ``windows``, the others
-    then weighed by ``windows`` too, and put the packed ones into the model. A head in 4 bits gets GPTQ where
-    there are ``table_windows``.
+    """Pack every selected layer and put the packed ones into the model.
+
+    With ``gptq`` those in stacks of blocks are rounded by it on ``windows``, and the others weighed by them;
+    a head in 4 bits is rounded by GPTQ wherever there are windows.
 
     The most sensitive are widened first: which those are is known once all have been packed without GPTQ.
     """
@@ -281,7 +279,7 @@ def _edit(
         pack(wide)
     head = selection.head if table.bits == 4 else None
     seen = None
-    for block in stream(model, windows, formats, after=head, progress=progress) if windows else ():
+    for block in stream(model, windows, formats, after=head, progress=progress) if gptq and windows else ():
         if block.name == head:
             seen = block.hessians[head]
             continue
@@ -290,13 +288,13 @@ def _edit(
             packed[name] = _pack(model, name, formats[name], hessian.diagonal(), together.get(name))
             _replace(model, model.get_submodule(name), packed[name][0])
     rest = [name for name in formats if name not in packed]
-    if windows and rest:
+    if gptq and windows and rest:
         moments = {**moments, **collect_input_moments(model, windows, rest, progress)}
     pack(rest)
     reports = [packed[name][1] for name in formats]
-    if head and seen is None and table_windows:
+    if head and seen is None and windows:
         with dense_weights(model):
-            seen = second_moment(model, table_windows, head)
+            seen = second_moment(model, windows, head)
     layers = [*_edit_ends(model, selection, table, seen), *reports]
     layers += _edit_convolutions(model, selection, ends)
     for name, (new, _) in packed.items():
