@@ -32,7 +32,8 @@ from gemini.recovery import Recovery, forget, prepare_recovery, recover_pruned
 from gemini.samples import pictures
 
 IMAGES = 16
-LOOKED_AT = 32  # windows that layers are chosen by; what stays is fitted to all
+# Windows that layers are chosen by; a model runs on them once, or once for every layer and each one left out.
+LOOKED_AT = {"influence": 32, "divergence": 8}
 # What makes a sentence encoder of a folder, beside the model and its tokenizer.
 _SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
@@ -91,9 +92,8 @@ def prune_checkpoint(
         fitted: tuple[Refitted, ...] = ()
         pairs = None
         if layers:
-            shallower = prune_layers(
-                made.model, windows[:LOOKED_AT], fraction=layers, by=by, progress=progress
-            )
+            looked_at = windows[: LOOKED_AT.get(by)]
+            shallower = prune_layers(made.model, looked_at, fraction=layers, by=by, progress=progress)
             made = replace(made, model=shallower.model)
             cuts.append({"type": "layers", **to_plain(asdict(shallower.report))})
             pairs = states_to_have(shallower.report)

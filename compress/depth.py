@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gemini.compress.calibrate import Window, as_feed, shortcut
+from gemini.compress.calibrate import Window, as_feed, batches, shortcut
 from gemini.compress.reshape import (
     Change,
     Fit,
@@ -66,8 +66,8 @@ def block_influence(
     """How much each block of each stack turns its states: {stack: float64 (blocks,)}.
 
     BI_i = 1 - E[x_i . x_{i+1} / (|x_i| |x_{i+1}|)] over all positions, x_i the states that go in, x_{i+1}
-    those that come out (Men et al., "ShortGPT", arXiv:2403.03853, equation 1). Windows run one at a time and
-    only sums are kept. Blocks that no window reaches have NaN.
+    those that come out (Men et al., "ShortGPT", arXiv:2403.03853, equation 1). Only sums are kept. Blocks
+    that no window reaches have NaN.
     """
     stacks = find_stacks(model, plain_linears(model))
     totals = {path: torch.zeros(len(stack), 2, dtype=torch.float64) for path, stack in stacks}
@@ -89,7 +89,7 @@ def block_influence(
     try:
         with torch.no_grad():
             for window in tqdm(
-                windows, desc="influence", unit="window", delay=2, leave=False, disable=not progress
+                batches(windows), desc="influence", unit="batch", delay=2, leave=False, disable=not progress
             ):
                 model(**as_feed(window), **shortcut(model))
     finally:
@@ -218,6 +218,7 @@ def least_missed(
     without logits. A few windows do; every one runs once for every block left, for each block left out.
     """
     stacks = dict(find_stacks(model, plain_linears(model)))
+    windows = batches(windows)
     whole = [answer(model, window) for window in windows]
     distance = _divergence if _has_logits(model, windows[0]) else _squared
     gone: dict[str, list[int]] = {path: [] for path in counts}
@@ -247,11 +248,11 @@ def _has_logits(model: nn.Module, window: Window) -> bool:
 
 def _divergence(whole: Tensor, made: Tensor) -> float:
     p, q = (logits.float().flatten(0, -2).log_softmax(-1) for logits in (whole, made))
-    return float(nn.functional.kl_div(q, p, reduction="batchmean", log_target=True))
+    return float(nn.functional.kl_div(q, p, reduction="sum", log_target=True))
 
 
 def _squared(whole: Tensor, made: Tensor) -> float:
-    return float((whole.float() - made.float()).square().mean())
+    return float((whole.float() - made.float()).square().sum())
 
 
 def _counts(stacks: Mapping[str, nn.ModuleList], fraction: float) -> dict[str, int]:

@@ -82,6 +82,12 @@ def refit(
             while at < indices[index]:  # blocks before the first that stayed
                 wanted = _through(original[at], known[at], wanted)
                 at += 1
+            if end == at + 1 and _equal(states, wanted) and _same_weights(block, original[at]):
+                mine = _through(block, own[index], states)
+                its = _through(original[at], known[at], wanted)
+                if _equal(mine, its):  # nothing was cut so far, here or in an encoder
+                    states, wanted, at = mine, its, end
+                    continue
             writers = _writers(block, own[index][0], states[0])
             targets = _states_behind(original[at], known[at], wanted, writers)
             wanted = targets[-1]
@@ -94,6 +100,15 @@ def refit(
                     found.append(Refitted(f"{path}.{index}.{name}", *moved))
             states = _through(block, own[index], states)
     return tuple(found)
+
+
+def _equal(states: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(map(torch.equal, states, others))
+
+
+def _same_weights(block: nn.Module, other: nn.Module) -> bool:
+    mine, its = block.state_dict(), other.state_dict()
+    return mine.keys() == its.keys() and _equal(list(mine.values()), list(its.values()))
 
 
 def _through(block: nn.Module, calls: Sequence[Call], states: Sequence[Tensor]) -> list[Tensor]:
