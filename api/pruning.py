@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from gemini.benchmarks.report import to_plain
 from gemini.benchmarks.text import TextSource, default_text, read_text
+from gemini.calibration import calibration_windows
 from gemini.compress.calibrate import Window
 from gemini.compress.depth import prune_layers, states_to_have
 from gemini.compress.prune import prune_units
@@ -27,7 +28,6 @@ from gemini.judges import make_judge
 from gemini.model import catalog
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
 from gemini.pair_judge import calibration_feeds
-from gemini.pipeline import calibration_windows
 from gemini.recovery import Recovery, forget, prepare_recovery, recover_pruned
 from gemini.samples import pictures
 

@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from gemini.benchmarks.text import TextSource
+from gemini.calibration import calibration_windows
 from gemini.errors import UsageError
-from gemini.pipeline import calibration_windows
 from gemini.samples import image_windows
 
 
