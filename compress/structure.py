@@ -353,9 +353,10 @@ def _units(site: _Site, reach: Mapping[str, _Reach]) -> tuple[dict[str, Tensor],
         return "it reads its own output"
     columns = _table([(together == label).nonzero().flatten() for label in labels])
     # The component of an output is that of any input it reaches.
+    reached = {name: together[found.int().argmax(1)] for name, found in hits.items()}
     producers = {
-        name: _table([(together[found.int().argmax(1)] == label).nonzero().flatten() for label in labels])
-        for name, found in hits.items()
+        name: _table([(arrived == label).nonzero().flatten() for label in labels])
+        for name, arrived in reached.items()
     }
     if columns is None or any(table is None for table in producers.values()):
         return "its units are not of one size"
