@@ -90,6 +90,8 @@ def prune_checkpoint(
         )
         made, cuts = checkpoint, []
         fitted: tuple[Refitted, ...] = ()
+        # Noise stands for pictures here: it shows which layers matter, and nothing may be fitted to it.
+        pictured = checkpoint.family == "vision" or checkpoint.processor is not None
         pairs = None
         if layers:
             looked_at = windows[: LOOKED_AT.get(by)]
@@ -97,7 +99,7 @@ def prune_checkpoint(
             made = replace(made, model=shallower.model)
             cuts.append({"type": "layers", **to_plain(asdict(shallower.report))})
             pairs = states_to_have(shallower.report)
-            if compensate and checkpoint.family != "vision":  # pictures at hand are no photographs
+            if compensate and not pictured:
                 fitted = refit(
                     made.model, checkpoint.model, windows, shallower.report.kept, progress=progress
                 )

@@ -54,6 +54,8 @@ def test_a_pruned_generator_is_a_checkpoint_that_compresses(llama, tmp_path, cap
     assert report["before"]["parameters"] == sum(
         p.numel() for p in load_checkpoint(str(llama)).model.parameters()
     )
+    assert {each["name"].rsplit(".", 1)[1] for each in report["refitted"]} <= {"o_proj", "down_proj"}
+    assert report["refitted"] and all(each["after"] < each["before"] for each in report["refitted"])
     assert report["after"]["perplexity"] > 0 and report == {
         **json.loads((out / "pruning.json").read_text()),
         "checkpoint": str(out),
@@ -82,15 +84,18 @@ def test_tokens_that_a_corpus_never_uses_go_and_its_text_stays(llama, tmp_path):
 
 def test_an_image_classifier_is_pruned_on_pictures(tmp_path):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, **sizes)).save_pretrained(
         tmp_path / "vit"
     )
     processor = gemini.GeminiImageProcessor(size={"height": 16, "width": 16})
     table = processor.to_dict() | {"image_processor_type": "ViTImageProcessor"}
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(table))
-    report = prune_checkpoint(str(tmp_path / "vit"), tmp_path / "small", width=0.5, progress=False)
-    assert report["cuts"][0]["config"] == {"intermediate_size": 32}
+    report = prune_checkpoint(
+        str(tmp_path / "vit"), tmp_path / "small", width=0.5, layers=0.5, progress=False
+    )
+    assert [cut["config"] for cut in report["cuts"]] == [{"num_hidden_layers": 2}, {"intermediate_size": 32}]
+    assert report["refitted"] == []
     assert report["before"]["logit_difference"] == 0 < report["after"]["logit_difference"]
 
 
