@@ -78,7 +78,8 @@ def correct(
     require_finite(hessian)
     columns = units[kept].flatten().sort().values
     measure = damped(hessian, damping)
-    solved = torch.linalg.solve(measure[columns][:, columns], measure[columns] @ weight.double().T)
+    factor = torch.linalg.cholesky(measure[columns][:, columns])
+    solved = torch.cholesky_solve(measure[columns] @ weight.double().T, factor)
     made = torch.zeros_like(weight, dtype=torch.float32)
     made[:, columns] = solved.T.float()
     return made
@@ -98,13 +99,15 @@ def _costs(work: Tensor, inverse: Tensor, units: Tensor, scale: Tensor) -> Tenso
         return (scale @ work.square())[columns] / inverse.diagonal()[columns]
     corners = inverse[units[:, :, None], units[:, None, :]]  # (g, c, c)
     parts = work.T[units]  # (g, c, N)
-    return (parts * torch.linalg.solve(corners, parts) * scale).sum((1, 2))
+    # Factors of Cholesky: all of these are positive definite, and MKL's batched LU fails on some of them.
+    halves = torch.linalg.solve_triangular(torch.linalg.cholesky(corners), parts, upper=False)
+    return (halves.square() * scale).sum((1, 2))
 
 
 def _take(work: Tensor, inverse: Tensor, columns: Tensor) -> None:
     """One step: share the loss of the columns out and take them out of the inverse, both in place."""
     rows = inverse[columns]  # (c, K)
-    shares = torch.linalg.solve(rows[:, columns], rows)  # (c, K)
+    shares = torch.cholesky_solve(rows, torch.linalg.cholesky(rows[:, columns]))  # (c, K)
     work.addmm_(work[:, columns], shares, alpha=-1)
     inverse.addmm_(rows.T, shares, alpha=-1)
 

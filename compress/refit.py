@@ -212,7 +212,8 @@ def _fit(
     if missed <= _EXACT**2 * energy:
         return None
     ridge = damping * float(gram.trace()) / count
-    solved = torch.linalg.solve(gram + ridge * torch.eye(size[1], dtype=gram.dtype), cross.T).T
+    factor = torch.linalg.cholesky(gram + ridge * torch.eye(size[1], dtype=gram.dtype))
+    solved = torch.cholesky_solve(cross.T, factor).T
     # |r - D z|^2 = |r|^2 - 2 <D, r z^T> + <D z z^T, D>
     after = missed - 2 * float((solved * cross).sum()) + float(((solved @ gram) * solved).sum())
     step = (solved.T if isinstance(layer, Conv1D) else solved).float()
