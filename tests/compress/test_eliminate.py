@@ -81,3 +81,21 @@ def test_energy_is_that_of_the_units_own_output():
     singles = unit_energy(weight, hessian, torch.arange(20)[:, None])
     by_hand = x.square().mean(0) * weight.double().square().sum(0)
     torch.testing.assert_close(singles, by_hand, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_heads_of_a_real_size_are_taken_away(threads):
+    """With two threads MKL's batched LU refuses these systems, on an AMD processor at least."""
+    torch.manual_seed(0)
+    inputs = torch.randn(1000, 576) * torch.logspace(-3, 2, 576)[torch.randperm(576)]
+    hessian = (inputs.T @ inputs).double() / len(inputs)
+    weight, units = torch.randn(96, 576), torch.arange(576).view(3, 192)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kept, made = eliminate(weight, hessian, units, 1)
+    finally:
+        torch.set_num_threads(before)
+    expected, solved = slow_eliminate(weight, hessian, units, 1, np.ones(len(weight)))
+    assert kept.tolist() == expected
+    np.testing.assert_allclose(made.double().numpy(), solved, rtol=1e-3, atol=1e-4)
