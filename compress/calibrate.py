@@ -47,8 +47,13 @@ def hushed(rows: Tensor) -> Tensor:
     The first token of a text often has states hundreds of times as large as others (Sun et al., "Massive
     Activations in Large Language Models", arXiv:2402.17762), and a sum of squares would be about it alone.
     """
+    return rows * hush(rows)
+
+
+def hush(rows: Tensor) -> Tensor:
+    """What ``hushed`` multiplies rows (N, K) with, (N, 1), for what else stands beside them."""
     sizes = rows.norm(dim=1, keepdim=True)
-    return rows * (LOUDEST * sizes.median() / sizes).clamp(max=1.0).nan_to_num(1.0)
+    return (LOUDEST * sizes.median() / sizes).clamp(max=1.0).nan_to_num(1.0)
 
 
 @contextmanager

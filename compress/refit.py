@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from gemini.compress.calibrate import LOUDEST, Window, batches, each_input
+from gemini.compress.calibrate import Window, batches, each_input, hush
 from gemini.compress.stream import Call, find_stacks, record_calls
 from gemini.compress.structure import plain_linears, size_of
 
@@ -201,7 +201,7 @@ def _fit(
         with each_input({"": layer}, lambda _, x: read.append(x)), _outputs(later) as made:
             found = call.run(block, state) - sum(made.values())
         wanted = target.reshape(-1, target.shape[-1])
-        quiet = _quiet(wanted)
+        quiet = hush(wanted)  # the loud first tokens must not decide alone
         rows = read.pop().reshape(-1, size[1]) * quiet
         rest = (wanted - found.reshape(wanted.shape)) * quiet
         gram += (rows.T @ rows).double()
@@ -221,10 +221,3 @@ def _fit(
         weight: Any = layer.weight
         weight.add_(step)
     return missed / energy, after / energy
-
-
-def _quiet(states: Tensor) -> Tensor:
-    """What rows (N, D) are multiplied with, (N, 1), so that the loud first tokens do not decide alone
-    (`calibrate.hushed`)."""
-    sizes = states.norm(dim=1, keepdim=True)
-    return (LOUDEST * sizes.median() / sizes).clamp(max=1.0).nan_to_num(1.0)
