@@ -44,6 +44,7 @@ from gemini.compress.reports import (
     table_reports,
 )
 from gemini.compress.select import Selection, Skipped, select_layers, weight_of
+from gemini.compress.sequential import sequential
 from gemini.compress.smooth import smoothing_divisors
 from gemini.compress.specs import (
     ByFamily,
@@ -57,7 +58,7 @@ from gemini.compress.specs import (
     Spec,
 )
 from gemini.compress.static import convolution_codes, has_integer_operator, input_codes
-from gemini.compress.stream import second_moment, stream
+from gemini.compress.stream import second_moment
 from gemini.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -279,13 +280,16 @@ def _edit(
         pack(wide)
     head = selection.head if table.bits == 4 else None
     seen = None
-    for block in stream(model, windows, formats, after=head, progress=progress) if gptq and windows else ():
-        if block.name == head:
-            seen = block.hessians[head]
+    turns = sequential(model, windows, formats, after=head, progress=progress) if gptq and windows else ()
+    for turn in turns:
+        if turn.layers == (head,):
+            seen = turn.hessian
             continue
-        together = _rounded_together(model, block.hessians, formats)
-        for name, hessian in block.hessians.items():
-            packed[name] = _pack(model, name, formats[name], hessian.diagonal(), together.get(name))
+        weights = {name: weight_of(model.get_submodule(name)) for name in turn.layers}
+        weights |= {name: weights[name] + move for name, move in turn.moves.items()}
+        importance, together = turn.hessian.diagonal(), _rounded_together(weights, turn.hessian, formats)
+        for name, weight in weights.items():
+            packed[name] = _pack(model, name, formats[name], importance, together.get(name), weight=weight)
             _replace(model, model.get_submodule(name), packed[name][0])
     rest = [name for name in formats if name not in packed]
     if gptq and windows and rest:
@@ -312,31 +316,32 @@ def _pack(
     made: Quantized | None = None,
     divisor: Tensor | None = None,
     input_codes: Codes | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[nn.Module, LayerReport]:
+    """The packed layer, of ``weight`` in place of its own where one is given."""
     old = model.get_submodule(name)
-    weight = weight_of(old)
+    weight = weight_of(old) if weight is None else weight
     new = make_linear(weight, old.bias, form, importance, made, divisor, input_codes)
     return new, layer_report(name, "linear", weight, new, importance)
 
 
 def _rounded_together(
-    model: nn.Module, hessians: Mapping[str, Tensor], formats: Mapping[str, Format]
+    weights: Mapping[str, Tensor], hessian: Tensor, formats: Mapping[str, Format]
 ) -> dict[str, Quantized]:
-    """What GPTQ makes of each layer with integer blocks.
+    """What GPTQ makes of the weights, by layer, that are to have integer blocks and read one tensor.
 
-    Layers that read one tensor (query, key and value) are one weight to it: rows are independent, and one
-    tall weight takes as many steps as one of them.
+    Those in one format are one weight to it, as query, key and value: rows are independent, and one tall
+    weight takes as many steps as one of them.
     """
-    groups: dict[tuple[int, Integers], list[str]] = {}
-    for name, hessian in hessians.items():
+    groups: dict[Integers, list[str]] = {}
+    for name in weights:
         form = formats[name]
         if isinstance(form, Integers):
-            groups.setdefault((id(hessian), form), []).append(name)
+            groups.setdefault(form, []).append(name)
     made: dict[str, Quantized] = {}
-    for (_, form), names in groups.items():
-        weights = [weight_of(model.get_submodule(name)) for name in names]
-        whole = rounded(torch.cat(weights), hessians[names[0]], form)
-        made.update(zip(names, whole.split([len(weight) for weight in weights]), strict=True))
+    for form, names in groups.items():
+        whole = rounded(torch.cat([weights[name] for name in names]), hessian, form)
+        made.update(zip(names, whole.split([len(weights[name]) for name in names]), strict=True))
     return made
 
 

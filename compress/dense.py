@@ -27,15 +27,17 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
     ]
     try:
         for parent, name, child in sites:
-            setattr(parent, name, _dense(child))
+            setattr(parent, name, dense(child))
         yield
     finally:
         for parent, name, child in sites:
             setattr(parent, name, child)
 
 
-def _dense(layer: nn.Module) -> nn.Linear:
-    assert isinstance(layer, PACKED)
+def dense(layer: nn.Module) -> nn.Module:
+    """A float32 layer with the dequantized weight of a packed one; any other as it is."""
+    if not isinstance(layer, PACKED):
+        return layer
     with torch.device("meta"):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     plain.weight = nn.Parameter(layer.dequantized(), requires_grad=False)

@@ -25,8 +25,10 @@ from gemini.compress.quantize import (
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper's section 3.3
 _PANEL = 64  # features whose updates are gathered before the rest of the weight is touched
+_STRIP = 8  # features of a panel whose updates are gathered before the rest of the panel is
 _RIDGE = 1e-3  # what keeps gains of scales near 1, as a share of what their blocks put out
 _NOTHING = torch.finfo(torch.float64).tiny
+_UNKNOWNS = 1 << 21  # numbers of the normal equations that are held at a time, 16 MB
 _ROWS = 4096  # of the weight, which are independent: a table of tokens has tens of thousands
 
 
@@ -40,6 +42,7 @@ def gptq(
     fit: str = "moments",
     damping: float = DAMPING,
     like: Quantized | None = None,
+    factor: Tensor | None = None,
 ) -> Quantized:
     """Quantize a float weight (rows, K) so that ``sum (w x - w' x)^2`` over the calibration inputs is small.
 
@@ -52,6 +55,7 @@ def gptq(
         damping: added to the diagonal, as a share of its mean.
         like: another result of the same format, whose scales and zero points are taken in place of fitted
             ones.
+        factor: ``ordered_factor`` of the Hessian where it is known; ``damping`` is in it then.
 
     Raises:
         ValueError: values that are not finite, or a Hessian that is not positive definite.
@@ -59,7 +63,7 @@ def gptq(
     require_finite(weight)
     require_finite(hessian)
     order = activation_order(hessian)
-    factor = inverse_factor(hessian[order][:, order], damping)
+    factor = ordered_factor(hessian, damping) if factor is None else factor
     mass = split_blocks(relative_mass(hessian.diagonal().float()).unsqueeze(0), block_size)
     pieces = weight.split(_ROWS)
     known = [None] * len(pieces) if like is None else like.split([len(rows) for rows in pieces])
@@ -105,40 +109,49 @@ def refit_scales(weight: Tensor, hessian: Tensor, made: Quantized, damping: floa
     leaves no gain.
     """
     measure = damped(hessian, damping).float()
-    parts = zip(weight.float().split(_ROWS), made.dequantized().split(_ROWS), strict=True)
-    gains = torch.cat([_gains(rows, stored, measure, made.block_size) for rows, stored in parts])
-    found = replace(made, scales=storable(made.scales * gains))
-    before, after = (_row_errors(weight, each, measure) for each in (made, found))
-    return replace(found, scales=torch.where((after < before).unsqueeze(1), found.scales, made.scales))
+    size = max(1, _UNKNOWNS // made.scales.shape[1] ** 2)
+    pieces = zip(
+        weight.float().split(size), made.dequantized().split(size), made.scales.split(size), strict=True
+    )
+    found = [_refit_rows(rows, stored, scales, measure, made.block_size) for rows, stored, scales in pieces]
+    return replace(made, scales=torch.cat(found))
 
 
-def _gains(weight: Tensor, stored: Tensor, hessian: Tensor, block_size: int) -> Tensor:
-    """The factors (rows, B) of the scales of ``stored``, what is stored of ``weight`` (rows, K)."""
+def _refit_rows(weight: Tensor, stored: Tensor, scales: Tensor, hessian: Tensor, block_size: int) -> Tensor:
+    """Scales (rows, B) in place of those of ``stored``, what is stored of ``weight`` (rows, K)."""
     rows, columns = weight.shape
     count = -(-columns // block_size)
     padding = (0, count * block_size - columns)
-    sums = weight.new_empty(rows, count, count)
-    for block, (part, half) in enumerate(
-        zip(stored.split(block_size, 1), hessian.split(block_size), strict=True)
-    ):
-        products = functional.pad((part @ half) * stored, padding)
-        sums[:, block] = products.reshape(rows, count, block_size).sum(-1)
-    wanted = functional.pad((weight @ hessian) * stored, padding).reshape(rows, count, block_size).sum(-1)
-    left, right = sums.double(), wanted.double()
-    ridge = _RIDGE * left.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(_NOTHING)
-    gains = torch.linalg.solve(left + torch.diag_embed(ridge.expand(-1, count)), right + ridge)
-    return torch.where((gains - 1).abs() < 0.5, gains, 1.0).float()  # farther, codes would be others
+    sums = weight.new_zeros(rows, count, count)
+    for block, part in enumerate(stored.split(block_size, 1)):
+        start = block * block_size  # the rest is known by symmetry
+        products = (part @ hessian[start : start + block_size, start:]) * stored[:, start:]
+        sums[:, block, block:] = functional.pad(products, padding).unflatten(1, (-1, block_size)).sum(-1)
+    wanted = functional.pad((weight @ hessian) * stored, padding).unflatten(1, (-1, block_size)).sum(-1)
+    left, right = (sums + sums.triu(1).mT).double(), wanted.double().unsqueeze(-1)
+    ridge = _RIDGE * left.diagonal(dim1=1, dim2=2).mean(1).clamp_min(_NOTHING)[:, None, None]
+    lower, failed = torch.linalg.cholesky_ex(left + ridge * torch.eye(count, dtype=left.dtype))
+    gains = torch.cholesky_solve(right + ridge, lower)
+    near = ((gains - 1).abs() < 0.5) & (failed == 0)[:, None, None]  # farther, codes would be others
+    found = storable(scales * torch.where(near, gains, 1.0).squeeze(-1).float())
+    # The error is g S g - 2 g w plus what no gain changes.
+    errors = [g.mT @ (left @ g - 2 * right) for g in (_gains(found, scales), torch.ones_like(gains))]
+    return torch.where((errors[0] < errors[1]).squeeze(-1), found, scales)
 
 
-def _row_errors(weight: Tensor, made: Quantized, hessian: Tensor) -> Tensor:
-    """(w - w') H (w - w')^T of every row."""
-    wrong = weight.float() - made.dequantized()
-    return ((wrong @ hessian) * wrong).sum(1)
+def _gains(scales: Tensor, before: Tensor) -> Tensor:
+    return torch.where(before == 0, 1.0, scales / before).double().unsqueeze(-1)
 
 
 def activation_order(hessian: Tensor) -> Tensor:
     """Features by falling E[x^2]; among equals the first comes first."""
     return hessian.diagonal().argsort(descending=True, stable=True)
+
+
+def ordered_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """``inverse_factor`` of a Hessian with its features in activation order."""
+    order = activation_order(hessian)
+    return inverse_factor(hessian[order][:, order], damping)
 
 
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
@@ -168,20 +181,26 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
 def _round_in_turn(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """Codes (K, rows) of a weight (K, rows), features in the order given; all float64.
 
-    Rounding feature i leaves e = (w_i - w'_i) / U_ii, and every later feature j moves by -U_ij e. Features
-    inside a panel move at once, those behind it when the panel is done, which is the same sum.
+    Rounding feature i leaves e = (w_i - w'_i) / U_ii, and every later feature j moves by -U_ij e. Features of
+    the same strip move at once, those of the same panel when the strip is done, all others when the panel is:
+    the same sums in larger products.
     """
     weight, top = weight.clone(), float((1 << bits) - 1)
-    codes = torch.empty_like(weight)
-    for start in range(0, len(weight), _PANEL):
-        panel = slice(start, min(start + _PANEL, len(weight)))
-        errors = torch.empty_like(weight[panel])
-        for row in range(panel.start, panel.stop):
-            scale, zero = scales[row], zeros[row]
-            steps = (weight[row] / scale).round_().maximum(-zero).minimum(top - zero)
-            codes[row] = steps + zero
-            error = (weight[row] - steps * scale) / factor[row, row]
-            weight[row : panel.stop] -= factor[row, row : panel.stop, None] * error
-            errors[row - start] = error
-        weight[panel.stop :] -= factor[panel, panel.stop :].T @ errors
-    return codes
+    lowest, highest = -zeros, top - zeros
+    pivots = factor.diagonal().tolist()
+    steps, count = torch.empty_like(weight), len(weight)
+    for start in range(0, count, _PANEL):
+        stop = min(start + _PANEL, count)
+        errors = torch.empty_like(weight[start:stop])
+        for first in range(start, stop, _STRIP):
+            last = min(first + _STRIP, stop)
+            for row in range(first, last):
+                step, error = steps[row], errors[row - start]
+                torch.div(weight[row], scales[row], out=step).round_()
+                torch.clamp(step, lowest[row], highest[row], out=step)
+                torch.addcmul(weight[row], step, scales[row], value=-1, out=error).div_(pivots[row])
+                weight[row + 1 : last].addr_(factor[row, row + 1 : last], error, alpha=-1)
+            made = errors[first - start : last - start]
+            weight[last:stop].addmm_(factor[first:last, last:stop].T, made, alpha=-1)
+        weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return steps.add_(zeros)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gemini.compress.gptq import gptq, refit_scales
+from gemini.compress.gptq import gptq, ordered_factor, refit_scales
 from gemini.compress.modules import (
     NF4,
     Bnb4Linear,
@@ -189,7 +189,7 @@ def rounded(weight: Tensor, hessian: Tensor, form: Integers) -> Quantized:
 
     4 bits in two rounds, the second with the scales that suit what the first chose; 8 bits leave too little.
     """
-    made = None
+    made, factor = None, ordered_factor(hessian)
     for _ in range(2 if form.bits == 4 else 1):
         made = gptq(
             weight,
@@ -199,6 +199,7 @@ def rounded(weight: Tensor, hessian: Tensor, form: Integers) -> Quantized:
             symmetric=form.symmetric,
             fit=form.fit,
             like=made,
+            factor=factor,
         )
         made = refit_scales(weight, hessian, made)
     assert made is not None

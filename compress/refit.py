@@ -15,8 +15,7 @@ added to their output is added to the states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +25,12 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from gemini.compress.calibrate import Window, batches, each_input, hush
-from gemini.compress.stream import Call, find_stacks, record_calls
+from gemini.compress.stream import Call, find_stacks, record_calls, run_through
 from gemini.compress.structure import plain_linears, size_of
+from gemini.compress.writers import find_writers, outputs_of, ridge_step
 
 DAMPING = 6.0  # tokens a feature
-_EXACT = 1e-4  # of the largest state: what rounding may do to a sum
+_EXACT = 1e-4  # of the size of states: less than that is rounding
 
 
 @dataclass(frozen=True)
@@ -80,25 +80,25 @@ def refit(
         for index, block in enumerate(bar):
             end = indices[index + 1] if index + 1 < len(stack) else len(original)
             while at < indices[index]:  # blocks before the first that stayed
-                wanted = _through(original[at], known[at], wanted)
+                wanted = run_through(original[at], known[at], wanted)
                 at += 1
             if end == at + 1 and _equal(states, wanted) and _same_weights(block, original[at]):
-                mine = _through(block, own[index], states)
-                its = _through(original[at], known[at], wanted)
+                mine = run_through(block, own[index], states)
+                its = run_through(original[at], known[at], wanted)
                 if _equal(mine, its):  # nothing was cut so far, here or in an encoder
                     states, wanted, at = mine, its, end
                     continue
-            writers = _writers(block, own[index][0], states[0])
+            writers = find_writers(block, own[index][0], states[0])
             targets = _states_behind(original[at], known[at], wanted, writers)
             wanted = targets[-1]
             for left_out in range(at + 1, end):
-                wanted = _through(original[left_out], known[left_out], wanted)
+                wanted = run_through(original[left_out], known[left_out], wanted)
             targets[-1], at = wanted, end
             for place, name in enumerate(writers):
                 moved = _fit(block, own[index], states, writers[place:], targets[place], damping)
                 if moved:
                     found.append(Refitted(f"{path}.{index}.{name}", *moved))
-            states = _through(block, own[index], states)
+            states = run_through(block, own[index], states)
     return tuple(found)
 
 
@@ -111,56 +111,6 @@ def _same_weights(block: nn.Module, other: nn.Module) -> bool:
     return mine.keys() == its.keys() and _equal(list(mine.values()), list(its.values()))
 
 
-def _through(block: nn.Module, calls: Sequence[Call], states: Sequence[Tensor]) -> list[Tensor]:
-    return [call.run(block, state) for call, state in zip(calls, states, strict=True)]
-
-
-def _writers(block: nn.Module, call: Call, states: Tensor) -> list[str]:
-    """The linear layers whose output is added to the states as it is, in the order in which they run.
-
-    Tried from the last to the first, each with the outputs of those behind it fixed.
-    """
-    layers = {name: m for name, m in plain_linears(block).items() if size_of(m)[0] == states.shape[-1]}
-    with _outputs(layers) as plain:
-        after = call.run(block, states)
-    generator = torch.Generator().manual_seed(0)
-    found: dict[str, Tensor] = {}
-    for name, output in reversed(plain.items()):
-        if output.shape != after.shape:
-            continue
-        scale = float(output.abs().max())
-        added = scale * torch.randn(output.shape, generator=generator).to(output)
-        with _outputs(layers, {**found, name: output + added}):
-            moved = call.run(block, states) - after
-        if float((moved - added).abs().max()) <= _EXACT * max(float(after.abs().max()), scale):
-            found[name] = output
-    return list(found)[::-1]
-
-
-@contextmanager
-def _outputs(
-    layers: Mapping[str, nn.Module], put: Mapping[str, Tensor] | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """What the layers put out inside the block, by name in the order of their last calls; those named in
-    ``put`` put out that instead."""
-    made: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., Tensor]:
-        def take(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            made.pop(name, None)
-            made[name] = (put or {}).get(name, output)
-            return made[name]
-
-        return take
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield made
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _states_behind(
     block: nn.Module, calls: Sequence[Call], states: Sequence[Tensor], writers: Sequence[str]
 ) -> list[list[Tensor]]:
@@ -169,7 +119,7 @@ def _states_behind(
     behind: list[list[Tensor]] = [[] for _ in writers or [""]]
     layers = {name: block.get_submodule(name) for name in writers}
     for call, state in zip(calls, states, strict=True):
-        with _outputs(layers) as made:
+        with outputs_of(layers) as made:
             after = call.run(block, state)
         for place in reversed(range(len(behind))):
             behind[place].append(after)
@@ -198,7 +148,7 @@ def _fit(
     read: list[Tensor] = []
     later = {name: block.get_submodule(name) for name in writers[1:]}
     for call, state, target in zip(calls, states, targets, strict=True):
-        with each_input({"": layer}, lambda _, x: read.append(x)), _outputs(later) as made:
+        with each_input({"": layer}, lambda _, x: read.append(x)), outputs_of(later) as made:
             found = call.run(block, state) - sum(made.values())
         wanted = target.reshape(-1, target.shape[-1])
         quiet = hush(wanted)  # the loud first tokens must not decide alone
@@ -212,8 +162,7 @@ def _fit(
     if missed <= _EXACT**2 * energy:
         return None
     ridge = damping * float(gram.trace()) / count
-    factor = torch.linalg.cholesky(gram + ridge * torch.eye(size[1], dtype=gram.dtype))
-    solved = torch.cholesky_solve(cross.T, factor).T
+    solved = ridge_step(cross, gram, ridge)
     # |r - D z|^2 = |r|^2 - 2 <D, r z^T> + <D z z^T, D>
     after = missed - 2 * float((solved * cross).sum()) + float(((solved @ gram) * solved).sum())
     step = (solved.T if isinstance(layer, Conv1D) else solved).float()

@@ -11,7 +11,6 @@ is held than one batch's activations inside a block and the states between two b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gemini.compress.calibrate import Window, as_feed, batches, each_input, hushed, idle_head, shortcut
-from gemini.compress.dense import dense_weights
 
 Rows: TypeAlias = dict[str, Tensor]
 
@@ -35,7 +33,7 @@ class Block:
     hessians: dict[str, Tensor]
 
 
-class _Moment:
+class Moment:
     """A running mean of ``x x^T`` over rows of activations, float64."""
 
     def __init__(self) -> None:
@@ -71,14 +69,13 @@ def stream(
     windows: Sequence[Window],
     names: Collection[str],
     *,
-    after: str | None = None,
     progress: bool = True,
 ) -> Iterator[Block]:
     """Each block of each stack in the order of execution, ready to have its layers replaced.
 
     Between two blocks the changed one runs again, so that the next sees what it will really get. Named layers
-    outside of the stacks are in no block, but the one that comes ``after`` them all, such as the head, is a
-    block of its own. A layer that no window reaches has no statistics.
+    outside of the stacks are in no block, and a layer that no window reaches has no statistics. Layers of one
+    block may be cut together; who replaces them one by one wants ``gemini.compress.sequential``.
     """
     windows = batches(windows)
     stacks = find_stacks(model, names)
@@ -96,64 +93,26 @@ def stream(
                 for name in names
                 if name.startswith(f"{prefix}.")
             }
-            moments: dict[str, _Moment] = {}
+            moments: dict[str, Moment] = {}
             leaders: dict[str, str] = {}
             for call, state in zip(calls[index], states, strict=True):
                 seen, leaders = _inputs(block, call, state, own)
                 for name, rows in seen.items():
-                    moments.setdefault(name, _Moment()).add(hushed(rows))
+                    moments.setdefault(name, Moment()).add(hushed(rows))
             found = {name: moment.mean() for name, moment in moments.items()}
             yield Block(prefix, block, {name: found[leader] for name, leader in leaders.items()})
-            given = states
-            with dense_weights(block):  # else every window unpacks them
-                states = [call.run(block, state) for call, state in zip(calls[index], given, strict=True)]
-        if after and path == stacks[-1][0]:
-            with dense_weights(model), _replayed(stack, given):
-                behind = second_moment(model, windows, after)
-            if behind is not None:
-                yield Block(after, model.get_submodule(after), {after: behind})
+            states = run_through(block, calls[index], states)
 
 
 def second_moment(model: nn.Module, windows: Sequence[Window], name: str) -> Tensor | None:
     """E[x x^T] of the inputs of one layer, float64 (K, K), from whole runs of the model; None if none reaches
     it."""
-    layers, moment = {name: model.get_submodule(name)}, _Moment()
+    layers, moment = {name: model.get_submodule(name)}, Moment()
     with each_input(layers, lambda _, x: moment.add(hushed(x.reshape(-1, x.shape[-1])))), idle_head(model):
         for window in batches(windows):
             with torch.no_grad():
                 model(**as_feed(window), **shortcut(model, every_logit=True))
     return moment.mean() if moment.count else None
-
-
-@contextmanager
-def _replayed(stack: nn.ModuleList, given: Sequence[Tensor]) -> Iterator[None]:
-    """Inside the block, the last of a stack gets ``given``, one a run, and those between it and the first do
-    not compute: what comes behind the stack sees the same, for the price of two blocks."""
-    made: list[Any] = []
-    runs = iter(given)
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        made[:] = [output]
-
-    def put(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (next(runs), *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): next(runs)}
-
-    handles = [
-        stack[0].register_forward_hook(keep),
-        stack[-1].register_forward_pre_hook(put, with_kwargs=True),
-    ]
-    between = list(stack)[1:-1]
-    for block in between:
-        block.forward = lambda *_args, **_kwargs: made[0]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for block in between:
-            del block.forward
 
 
 @dataclass(frozen=True)
@@ -172,6 +131,11 @@ class Call:
             first = () if self.keyword else (states,)
             made = block(*first, *self.args, **named, **self.kwargs)
         return made[0] if isinstance(made, tuple) else made
+
+
+def run_through(block: nn.Module, calls: Sequence[Call], states: Sequence[Tensor]) -> list[Tensor]:
+    """What a block makes of the states of every window."""
+    return [call.run(block, state) for call, state in zip(calls, states, strict=True)]
 
 
 def record_calls(model: nn.Module, stack: nn.ModuleList, windows: Iterable[Window]) -> list[list[Call]]:

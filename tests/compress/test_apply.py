@@ -240,13 +240,14 @@ def test_gptq_keeps_the_outputs_nearer_and_repeats_itself():
     assert errors[True] < 0.8 * errors[False]
 
 
-def test_gptq_quantizes_each_block_for_what_the_ones_before_put_out():
-    """The second block against GPTQ done by hand on inputs caught behind the first, quantized, block."""
+def test_gptq_quantizes_each_layer_for_what_the_ones_before_put_out():
+    """A layer against GPTQ done by hand on inputs caught behind the block and the attention before it."""
     windows, spec = make_windows(12, 48), QuantizeInt4(block_size=32, gptq=True, embedding_bits=32)
     model = make_llama()
     run(model, spec, calibration=windows)
     half = make_llama()
     half.model.layers[0] = model.model.layers[0]
+    half.model.layers[1].self_attn = model.model.layers[1].self_attn
     name = "model.layers.1.mlp.gate_proj"
     rows = []
     with each_input({name: half.get_submodule(name)}, lambda _, x: rows.append(x[0])):

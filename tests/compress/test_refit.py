@@ -7,12 +7,12 @@ import torch
 from pruning_models import IDS, bart, bert, gemini, gemma, gpt2, gpt_neox, llama, t5, windows_for
 from torch import nn
 
-from gemini.compress import refit as refit_module
 from gemini.compress.depth import prune_layers
 from gemini.compress.prune import prune_units
 from gemini.compress.refit import refit
 from gemini.compress.stream import find_stacks, record_calls
 from gemini.compress.structure import plain_linears
+from gemini.compress.writers import find_writers
 
 
 def text(count: int, length: int = 24) -> list[torch.Tensor]:
@@ -95,7 +95,7 @@ def test_products_that_write_to_the_states_are_found_by_running(make, expected):
     found = {}
     for path, stack in find_stacks(model, plain_linears(model)):
         call = record_calls(model, stack, windows)[0][0]
-        found[path] = refit_module._writers(stack[0], call, call.states)
+        found[path] = find_writers(stack[0], call, call.states)
     assert found == expected
 
 

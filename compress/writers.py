@@ -1,0 +1,81 @@
+"""Linear layers that write to the states of a model, found by running a block, and how to correct them.
+
+The states of a Transformer are a sum: each block adds what its last products put out. An error in the states
+that is linear in what such a product reads can be taken out again by that product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemini.compress.stream import Call
+from gemini.compress.structure import plain_linears, size_of
+
+_EXACT = 1e-4  # of the largest state: what rounding may do to a sum
+
+
+def find_writers(block: nn.Module, call: Call, states: Tensor) -> list[str]:
+    """The linear layers whose output is added to the states as it is, in the order in which they run.
+
+    Tried from the last to the first, each with the outputs of those behind it fixed.
+    """
+    layers = {name: m for name, m in plain_linears(block).items() if size_of(m)[0] == states.shape[-1]}
+    with outputs_of(layers) as plain:
+        after = call.run(block, states)
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Tensor] = {}
+    for name, output in reversed(plain.items()):
+        if output.shape != after.shape:
+            continue
+        scale = float(output.abs().max())
+        added = scale * torch.randn(output.shape, generator=generator).to(output)
+        with outputs_of(layers, {**found, name: output + added}):
+            moved = call.run(block, states) - after
+        if float((moved - added).abs().max()) <= _EXACT * max(float(after.abs().max()), scale):
+            found[name] = output
+    return list(found)[::-1]
+
+
+def is_sum(after: Tensor, before: Tensor, *written: Tensor) -> bool:
+    """Whether the states behind a block are those before it and what was written, up to rounding."""
+    wrong = after - before - sum(written)
+    return float(wrong.abs().max()) <= _EXACT * float(after.abs().max())
+
+
+def ridge_step(cross: Tensor, gram: Tensor, ridge: float) -> Tensor:
+    """D = argmin E |r - D z|^2 + ridge |D|^2 = E[r z^T] (E[z z^T] + ridge I)^-1, float64 (N, K).
+
+    Ridge regression (Hoerl and Kennard, 1970). ``cross`` (N, K) and ``gram`` (K, K) are float64, means or
+    sums alike, and ``ridge`` is more than 0.
+    """
+    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
+    return torch.cholesky_solve(cross.T, factor).T
+
+
+@contextmanager
+def outputs_of(
+    layers: Mapping[str, nn.Module], put: Mapping[str, Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """What the layers put out inside the block, by name in the order of their last calls; those named in
+    ``put`` put out that instead."""
+    made: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def take(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            made.pop(name, None)
+            made[name] = (put or {}).get(name, output)
+            return made[name]
+
+        return take
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
