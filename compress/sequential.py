@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,8 +142,8 @@ class _BlockRun:
         self.block, self.calls, self.states, self.damping = block, calls, states, damping
         self.targets = targets
         self.inputs: list[list[Tensor]] = []  # of the turn, by window
-        self.known: dict[nn.Module, Callable[..., Any]] = {}  # what layers of past turns do instead
-        self.window = 0
+        self.made: dict[nn.Module, list[Tensor | None]] = {}  # by layers of past turns, by window
+        self.plain: dict[nn.Module, nn.Module] = {}  # which such layers are, unpacked
         self.often: set[str] = set()  # layers that a run calls more than once, or perhaps not at all
 
     def groups(self, names: Collection[str]) -> list[list[str]]:
@@ -215,25 +216,29 @@ class _BlockRun:
             layer = self.block.get_submodule(name)
             plain = dense(layer)
             if name in self.often:
-                self.known[layer] = plain.forward
+                self.plain[layer] = plain
                 continue
             with torch.no_grad():
-                made = [plain(taken[0]) if taken else None for taken in self.inputs]
-            self.known[layer] = lambda *_args, made=made: made[self.window]
+                self.made[layer] = [plain(taken[0]) if taken else None for taken in self.inputs]
 
     def outputs(self) -> list[Tensor]:
         """The states of every window behind the block."""
         return [self._run(window) for window in range(len(self.calls))]
 
     def _run(self, window: int) -> Tensor:
-        self.window = window
-        for layer, forward in self.known.items():
+        known = {layer: plain.forward for layer, plain in self.plain.items()}
+        known |= {layer: partial(_answer, made[window]) for layer, made in self.made.items()}
+        for layer, forward in known.items():
             layer.forward = forward
         try:
             return self.calls[window].run(self.block, self.states[window])
         finally:
-            for layer in self.known:
+            for layer in known:
                 del layer.forward
+
+
+def _answer(made: Tensor | None, *_args: Any) -> Tensor | None:
+    return made
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Layer by layer: what each one gets against hooks on whole models, moves against least squares by hand."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from pruning_models import (
@@ -18,6 +21,7 @@ from pruning_models import (
 )
 from torch import nn
 
+from gemini.compress import sequential as sequential_module
 from gemini.compress.calibrate import as_feed, batches, hush
 from gemini.compress.layers import Integers, make_linear, rounded
 from gemini.compress.select import weight_of
@@ -227,3 +231,23 @@ def test_layers_that_are_not_named_take_no_turn():
     model = llama()
     turns = list(sequential(model, windows_for(model), ["model.layers.1.mlp.up_proj"], progress=False))
     assert [turn.layers for turn in turns] == [("model.layers.1.mlp.up_proj",)]
+
+
+def test_what_a_block_made_goes_with_it(monkeypatch):
+    """Reference counts free it: no cycle keeps a block's activations until the collector comes by."""
+    blocks: list[weakref.ref] = []
+    outputs = sequential_module._BlockRun.outputs
+
+    def noted(block_run):
+        blocks.append(weakref.ref(block_run))
+        return outputs(block_run)
+
+    monkeypatch.setattr(sequential_module._BlockRun, "outputs", noted)
+    gc.disable()
+    try:
+        model = llama()
+        for _ in sequential(model, windows_for(model), list(plain_linears(model)), progress=False):
+            assert not any(each() for each in blocks[:-1])
+    finally:
+        gc.enable()
+    assert len(blocks) == 3 and not any(each() for each in blocks)
