@@ -117,8 +117,9 @@ def quantize_int4(
     model: nn.Module, spec: QuantizeInt4, windows: Sequence[Window], progress: bool
 ) -> PassReport:
     """4-bit linears with fitted scales and zero points; embedding and head at their own width."""
-    table_size = None if spec.embedding_bits == 32 else spec.embedding_block_size
-    selection = select_layers(model, spec.block_size, spec.skip, table_size, convolutions=True)
+    table_size = max(spec.embedding_block_size, spec.embedding_wide_block_size)
+    ends = None if spec.embedding_bits == 32 else table_size
+    selection = select_layers(model, spec.block_size, spec.skip, ends, convolutions=True)
     linear = Integers(4, spec.block_size, spec.symmetric, spec.fit)
     folds = fold_awq(model, windows, selection.linears, linear, progress) if spec.awq and windows else {}
     moments: dict[str, Tensor] = {}
@@ -127,9 +128,11 @@ def quantize_int4(
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
     table: Integers | Split = Integers(spec.embedding_bits, spec.embedding_block_size)
     if spec.embedding_bits == 4:
-        rest = Integers(4, spec.embedding_block_size, spec.symmetric, spec.fit)
-        wide = spec.embedding_wide_share
-        table = Split(wide, Integers(8, spec.embedding_block_size), rest) if wide else rest
+        table = Integers(4, spec.embedding_block_size, spec.symmetric, spec.fit)
+        size = spec.embedding_wide_block_size or spec.embedding_block_size
+        wide = Integers(8, size) if spec.embedding_wide_bits == 8 else replace(table, block_size=size)
+        if spec.embedding_wide_share:
+            table = Split(spec.embedding_wide_share, wide, table)
     share = spec.sensitive_share
     report = _edit(model, spec, selection, formats, table, progress, windows, spec.gptq, moments, share)
     small_table = selection.head and table.bits == 4

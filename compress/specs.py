@@ -158,7 +158,8 @@ class QuantizeInt4:
     ``awq`` first moves so much of the activations' size into the weights as rounds best
     (`gemini.compress.awq`), where that costs no operation; it needs calibration.
     A table in 4 bits is rounded by GPTQ wherever there is calibration; ``embedding_wide_share`` of its rows,
-    the first and so the most frequent, get 8.
+    the first and so the most frequent, get ``embedding_wide_bits`` in blocks of ``embedding_wide_block_size``
+    (0: as the others).
     The layers with the largest relative error, up to ``sensitive_share`` of the linear weights, get 8 bits.
     """
 
@@ -171,6 +172,8 @@ class QuantizeInt4:
     embedding_bits: int = 8
     embedding_block_size: int = 64
     embedding_wide_share: float = 0.0
+    embedding_wide_bits: int = 8
+    embedding_wide_block_size: int = 0
     sensitive_share: float = 0.0
     skip: tuple[str, ...] = ()
 
@@ -191,8 +194,10 @@ class QuantizeInt4:
             raise RecipeError(
                 f"`embedding_wide_share` is {self.embedding_wide_share!r} with embedding_bits = "
                 f"{self.embedding_bits}.",
-                "It is for embedding_bits = 4: that share of the rows gets 8 bits.",
+                "It is for embedding_bits = 4: that share of the rows gets more.",
             )
+        _check_choice("embedding_wide_bits", self.embedding_wide_bits, (4, 8))
+        _check_choice("embedding_wide_block_size", self.embedding_wide_block_size, (0, *BLOCK_SIZES))
         _check_share("sensitive_share", self.sensitive_share)
         _check_globs(self.skip)
 

@@ -111,6 +111,19 @@ def test_a_split_table_is_two_tables_one_after_the_other(tied, gptq):
     assert counted == own + ([(8, 0), (4, 0)] if tied else own)
 
 
+def test_the_first_rows_of_a_table_may_have_smaller_blocks_of_as_many_bits():
+    model, plain = make_llama(), make_llama()
+    options = {"block_size": 32, "embedding_block_size": 32, "embedding_bits": 4}
+    smaller = {"embedding_wide_share": 0.25, "embedding_wide_bits": 4, "embedding_wide_block_size": 16}
+    (report,) = run(model, QuantizeInt4(**options, **smaller), calibration=make_windows())
+    run(plain, QuantizeInt4(**{**options, "embedding_block_size": 16}), calibration=make_windows())
+    assert [(part.bits, part.block_size) for part in model.lm_head.parts] == [(4, 16), (4, 32)]
+    torch.testing.assert_close(model.lm_head.weight[:32], plain.lm_head.weight[:32])
+    embedding = [layer for layer in report.layers if layer.kind == "embedding"]
+    # Codes, and for each block a scale of two bytes and half a byte of zero point.
+    assert [layer.bytes for layer in embedding] == [32 * (32 + 4 * 2.5), 128 * (32 + 2 * 2.5)]
+
+
 def test_embeddings_of_encoder_and_decoder_share_one_table_with_a_factor_each():
     model = make_bart()
     model.model.decoder.embed_tokens.embed_scale = 1.0

@@ -137,23 +137,26 @@ def test_int4_graph_packs_projections_and_ties_embedding(make_checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_split_tables_export(name, make_checkpoint, tmp_path):
+@pytest.mark.parametrize(("bits", "size"), [(8, 0), (4, 16)])
+def test_split_tables_export(name, bits, size, make_checkpoint, tmp_path):
     checkpoint = make_checkpoint(name)
     if name == "llama":
         checkpoint.model.lm_head.weight = checkpoint.model.model.embed_tokens.weight
-    spec = QuantizeInt4(block_size=32, embedding_bits=4, embedding_wide_share=0.25)
+    wide = {"embedding_wide_share": 0.25, "embedding_wide_bits": bits, "embedding_wide_block_size": size}
+    spec = QuantizeInt4(block_size=32, embedding_bits=4, embedding_block_size=32, **wide)
     run_recipe(checkpoint, Recipe("test", (spec,)), None, progress=False)
     exported = export_checkpoint(checkpoint, tmp_path, progress=False)
     assert not exported.refused and exported.verification["largest_difference"] < 1e-3
     if name == "llama":
-        codes = 32 * 64 + 69 * 32  # a quarter of 101 rows, to a multiple of 16, at 8 bits
+        codes = 32 * 8 * bits + 69 * 32  # a quarter of 101 rows, to a multiple of 16, of 64 numbers
         stored = [size for key, size in exported.bytes.items() if "embed" in key or "lm_head" in key]
         assert codes < sum(stored) < 2 * codes  # once, although tied
     graph = onnx.load(
         tmp_path / f"{'decoder' if name == 'llama' else 'encoder'}.onnx", load_external_data=False
     )
     lookups = [node for node in graph.graph.node if node.op_type == "GatherBlockQuantized"]
-    assert {a.i for node in lookups for a in node.attribute if a.name == "bits"} == {4, 8}
+    found = [{a.name: a.i for a in node.attribute} for node in lookups]
+    assert {(each["bits"], each["block_size"]) for each in found} == {(bits, size or 32), (4, 32)}
 
 
 def test_every_builtin_recipe_exports_with_float_arithmetic_equal_to_torch(make_checkpoint, tmp_path):
