@@ -60,7 +60,7 @@ def prune_checkpoint(
 
     Layers go first, then heads and widths, then tokens: ``vocabulary`` names text files, and a token that
     they never use is left out. ``by`` as in ``depth.prune_layers``, ``compensate`` as in
-    ``prune.prune_units``; layers that stay are fitted to the whole model's states too (``refit.refit``).
+    ``prune.prune_units``; what stays after each is fitted to the whole model's states too (``refit.refit``).
     With ``recover`` a smaller generator learns so many minutes from what it was (`recovery.recover_pruned`),
     before tokens go. The report, pruning.json in the folder, has the accuracy before and after. RecipeError
     for what cannot be cut.
@@ -92,23 +92,23 @@ def prune_checkpoint(
         fitted: tuple[Refitted, ...] = ()
         # Noise stands for pictures here: it shows which layers matter, and nothing may be fitted to it.
         pictured = checkpoint.family == "vision" or checkpoint.processor is not None
-        pairs = None
+        pairs = kept = None
         if layers:
             looked_at = windows[: LOOKED_AT.get(by)]
             shallower = prune_layers(made.model, looked_at, fraction=layers, by=by, progress=progress)
             made = replace(made, model=shallower.model)
             cuts.append({"type": "layers", **to_plain(asdict(shallower.report))})
-            pairs = states_to_have(shallower.report)
+            pairs, kept = states_to_have(shallower.report), shallower.report.kept
             if compensate and not pictured:
-                fitted = refit(
-                    made.model, checkpoint.model, windows, shallower.report.kept, progress=progress
-                )
+                fitted = refit(made.model, checkpoint.model, windows, kept, progress=progress)
         if heads or width:
             thinner = prune_units(
                 made.model, windows, heads=heads, width=width, compensate=compensate, progress=progress
             )
             made = replace(made, model=thinner.model)
             cuts.append({"type": "units", **to_plain(asdict(thinner.report))})
+            if compensate and not pictured:
+                fitted += refit(made.model, checkpoint.model, windows, kept, progress=progress)
         learned = None
         if recovery:
             kind = {"cuts": cuts, "compensate": compensate}
