@@ -45,6 +45,8 @@ def _sample(checkpoint: Checkpoint, count: int, length: int, seed: int, progress
 
     model = checkpoint.model
     first = getattr(checkpoint.tokenizer, "bos_token_id", None)
+    known = model.generation_config.eos_token_id
+    ends = known if isinstance(known, list) else [] if known is None else [known]
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(),
@@ -59,11 +61,12 @@ def _sample(checkpoint: Checkpoint, count: int, length: int, seed: int, progress
     ):
         torch.manual_seed(seed)
 
-        class Count(LogitsProcessor):
-            """Moves the bar; logits stay as they are."""
+        class Endless(LogitsProcessor):
+            """Moves the bar, and no text ends: what ``min_new_tokens`` does for a tenth of all the time."""
 
             def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
                 bar.update()
+                scores[:, ends] = -torch.inf
                 return scores
 
         if first is None:
@@ -74,14 +77,13 @@ def _sample(checkpoint: Checkpoint, count: int, length: int, seed: int, progress
         tokens = generate(
             start,
             attention_mask=torch.ones_like(start),
-            min_new_tokens=length - 1,
             max_new_tokens=length - 1,
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
             repetition_penalty=1.0,
-            logits_processor=LogitsProcessorList([Count()]),
+            logits_processor=LogitsProcessorList([Endless()]),
         )
     found: NDArray[np.int64] = tokens.numpy()
     return found
