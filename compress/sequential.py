@@ -115,7 +115,7 @@ def _behind_writers(
     for call, before in zip(calls, states, strict=True):
         with outputs_of(layers) as made:
             outputs.append(call.run(block, before))
-        if behind and is_sum(outputs[-1], before, *made.values()):
+        if behind and len(made) == len(layers) and is_sum(outputs[-1], before, *made.values()):
             for name, written in made.items():
                 before = before + written
                 behind[name].append(before)
@@ -237,7 +237,7 @@ class _BlockRun:
                 del layer.forward
 
 
-def _answer(made: Tensor | None, *_args: Any) -> Tensor | None:
+def _answer(made: Tensor | None, *_args: Any, **_kwargs: Any) -> Tensor | None:
     return made
 
 

@@ -164,16 +164,18 @@ def test_moves_bring_the_states_nearer_on_text_they_were_not_fitted_to():
 
 
 class Twice(nn.Module):
-    """A layer that is called twice, and one that only positive texts reach."""
+    """A layer that is called twice, and two that only positive texts reach, one of which writes to states."""
 
     def __init__(self) -> None:
         super().__init__()
         self.twice, self.seldom, self.down = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.more = nn.Linear(8, 8)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         inside = self.twice(self.twice(states).relu())
         if states.sum() > 0:
             inside = inside + self.seldom(states)
+            states = states + self.more(inside)
         return states + self.down(inside)
 
 
@@ -203,7 +205,7 @@ def test_layers_called_twice_or_seldom_see_every_call():
         torch.testing.assert_close(turn.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
         model.get_submodule(name).weight.mul_(0.9)
         taken.append(name.removeprefix("layers."))
-    assert taken == [f"{block}.{name}" for block in range(2) for name in ("twice", "seldom", "down")]
+    assert taken == [f"{block}.{name}" for block in range(2) for name in ("twice", "seldom", "more", "down")]
     assert untouched(model)
 
 
