@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from gemini.model.checkpoint import Checkpoint
+from gemini.model.text import end_tokens
 
 SEED = 0
 
@@ -45,8 +46,7 @@ def _sample(checkpoint: Checkpoint, count: int, length: int, seed: int, progress
 
     model = checkpoint.model
     first = getattr(checkpoint.tokenizer, "bos_token_id", None)
-    known = model.generation_config.eos_token_id
-    ends = known if isinstance(known, list) else [] if known is None else [known]
+    ends = end_tokens(model)
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(),

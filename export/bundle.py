@@ -21,6 +21,7 @@ from gemini.errors import BundleError, ExportError
 from gemini.export.encoder_decoder import decoder_vocabulary
 from gemini.export.exporter import Exported
 from gemini.model.checkpoint import Checkpoint
+from gemini.model.text import end_tokens
 from gemini.runtime.bundle import MANIFEST_NAME, file_digest, seal
 from gemini.runtime.schema import SCHEMA_VERSION
 
@@ -160,12 +161,11 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.model.generation_config
-    eos = config.eos_token_id
     if checkpoint.family == "decoder":
         vocabulary = checkpoint.model.get_input_embeddings().num_embeddings
     else:
         vocabulary = decoder_vocabulary(checkpoint.model)
-    known = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None and 0 <= i < vocabulary]
+    known = [token for token in end_tokens(checkpoint.model) if 0 <= token < vocabulary]
     defaults = {
         name: getattr(config, name, None)
         for name in ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")

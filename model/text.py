@@ -157,6 +157,12 @@ def learned_positions(model: Any) -> int | None:
     return min(rooms, default=None)
 
 
+def end_tokens(model: Any) -> list[int]:
+    """Every token that ends a generation of a model whose end tokens are settled."""
+    known = model.generation_config.eos_token_id
+    return known if isinstance(known, list) else [] if known is None else [known]
+
+
 def settle_end_tokens(model: Any, tokenizer: Any, further: tuple[int, ...] = ()) -> None:
     """Put every token that ends a generation into ``model.generation_config.eos_token_id`` (int or list).
 
