@@ -92,6 +92,7 @@ def prune_checkpoint(
         fitted: tuple[Refitted, ...] = ()
         # Noise stands for pictures here: it shows which layers matter, and nothing may be fitted to it.
         pictured = checkpoint.family == "vision" or checkpoint.processor is not None
+        fits = compensate and not pictured
         pairs = kept = None
         if layers:
             looked_at = windows[: LOOKED_AT.get(by)]
@@ -99,7 +100,7 @@ def prune_checkpoint(
             made = replace(made, model=shallower.model)
             cuts.append({"type": "layers", **to_plain(asdict(shallower.report))})
             pairs, kept = states_to_have(shallower.report), shallower.report.kept
-            if compensate and not pictured:
+            if fits:
                 fitted = refit(made.model, checkpoint.model, windows, kept, progress=progress)
         if heads or width:
             thinner = prune_units(
@@ -107,7 +108,7 @@ def prune_checkpoint(
             )
             made = replace(made, model=thinner.model)
             cuts.append({"type": "units", **to_plain(asdict(thinner.report))})
-            if compensate and not pictured:
+            if fits:
                 fitted += refit(made.model, checkpoint.model, windows, kept, progress=progress)
         learned = None
         if recovery:

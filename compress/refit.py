@@ -189,7 +189,7 @@ class _Sums:
 
     def step(self, damping: float) -> Tensor:
         """D (N, K)."""
-        return ridge_step(self.cross, self.gram, damping * float(self.gram.trace()) / self.count)
+        return ridge_step(self.cross, self.gram, damping, self.count)
 
     def change(self, step: Tensor) -> float:
         """sum |r - D z|^2 - |r|^2 = <D z z^T, D> - 2 <D, r z^T>."""

@@ -186,19 +186,19 @@ class _BlockRun:
             for x in taken:
                 rows = x.reshape(-1, x.shape[-1])
                 quiet = hush(rows)
-                gram.add(rows * quiet)
+                rows = rows * quiet
+                gram.add(rows)
                 if target:
                     rest = target[window] - states - sum(made.values()) - (0 if bias is None else bias)
-                    cross += ((rest.reshape(-1, rest.shape[-1]) * quiet).T @ (rows * quiet)).double()
+                    cross += ((rest.reshape(-1, rest.shape[-1]) * quiet).T @ rows).double()
         if not gram.count:
             return None
         names = tuple(prefix + name for name in layers)
         hessian = gram.mean()
-        size = float(hessian.trace())
-        if not target or not size:
+        if not target or not hessian.any():
             return Turn(names, hessian)
         missed = cross / gram.count - weight.double() @ hessian
-        move = ridge_step(missed, hessian, self.damping * size / gram.count)
+        move = ridge_step(missed, hessian, self.damping, gram.count)
         return Turn(names, hessian, {names[0]: move.float()})
 
     def _taker(self, taken: list[Tensor]) -> Callable[[str, Tensor], None]:

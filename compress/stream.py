@@ -1,8 +1,8 @@
-"""Calibration block by block: what each layer sees once everything before it is quantized.
+"""Calibration block by block: what the layers of each see once all blocks before it are changed.
 
     for block in stream(model, windows, names):
         block.hessians["model.layers.0.mlp.up_proj"]   # E[x x^T]
-        ...                                                       # replace layers of the block
+        ...                                            # cut or replace layers of the block
 
 Most models are a few stacks of equal blocks. Each block runs alone on what the one before put out, so no more
 is held than one batch's activations inside a block and the states between two blocks, whatever the depth.
@@ -26,7 +26,7 @@ Rows: TypeAlias = dict[str, Tensor]
 @dataclass(frozen=True)
 class Block:
     """One block of a stack and, for its layers, E[x x^T] of the inputs x that they will have with all blocks
-    before quantized: float64 (K, K). All names are those in the model."""
+    before changed: float64 (K, K). All names are those in the model."""
 
     name: str
     module: nn.Module

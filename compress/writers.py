@@ -47,12 +47,14 @@ def is_sum(after: Tensor, before: Tensor, *written: Tensor) -> bool:
     return float(wrong.abs().max()) <= _EXACT * float(after.abs().max())
 
 
-def ridge_step(cross: Tensor, gram: Tensor, ridge: float) -> Tensor:
-    """D = argmin E |r - D z|^2 + ridge |D|^2 = E[r z^T] (E[z z^T] + ridge I)^-1, float64 (N, K).
+def ridge_step(cross: Tensor, gram: Tensor, damping: float, count: int) -> Tensor:
+    """D = argmin E |r - D z|^2 + lambda |D|^2 = E[r z^T] (E[z z^T] + lambda I)^-1, float64 (N, K).
 
-    Ridge regression (Hoerl and Kennard, 1970). ``cross`` (N, K) and ``gram`` (K, K) are float64, means or
-    sums alike, and ``ridge`` is more than 0.
+    Ridge regression (Hoerl and Kennard, 1970) over ``count`` rows. ``cross`` (N, K) and ``gram`` (K, K), not
+    all zero, are float64, means or sums alike. ``damping`` is in tokens for each feature of z: lambda is that
+    many times the size of z times the mean of E[z^2], by the number of rows.
     """
+    ridge = damping * float(gram.trace()) / count
     factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
     return torch.cholesky_solve(cross.T, factor).T
 
