@@ -227,6 +227,9 @@ def image_graph(checkpoint: Checkpoint) -> Graph:
 def encoder_graph(checkpoint: Checkpoint, state: TraceState, cross: list[LayerShape]) -> Graph:
     """The encoder's inputs -> cross_mask, cross keys and values."""
     inputs = sample_source(checkpoint)
+    if "image_features" in inputs and inputs["image_features"].shape[1] == 1:
+        # Tracing takes an axis of length 1 for a constant, and without an image there are none.
+        inputs["image_features"] = inputs["image_features"].repeat(1, 2, 1)
     batch, sequence, images = Dim("batch"), Dim("sequence"), Dim("images")
     axes: dict[str, dict[int, Any]] = {
         "input_ids": {0: batch, 1: sequence},

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="nano, reader, mimic, focus, tower, sketch, pretrain, caption, classify, or a FILE.toml",
+        help="nano, reader, mimic, recall, focus, tower, sketch, pretrain, caption, classify, or a FILE.toml",
     )
     parser.add_argument("--output", metavar="DIR", required=True, help="the checkpoint to write")
     parser.add_argument("--cache", metavar="DIR", help="where `gemini-edge data` put the data")

@@ -70,6 +70,9 @@ class GeminiConfig(PreTrainedConfig):
             make 16 vectors of 64 x 64 pixels.
         image_blur: how much of each pixel is its mean with its neighbours (weights 1, 2, 1), 0 to 1. A half
             softens as much as moving a picture does on average, at the finest detail that pixels can hold.
+        image_prototypes: how many things an image is compared with; what it resembles is then all that the
+            encoder sees of it, one vector. 0: it sees the grid.
+        prototype_sharpness: what resemblances are multiplied with before their softmax.
         dropout: on embeddings and on the output of every attention and feed-forward part.
         attention_dropout: on attention weights.
 
@@ -96,6 +99,8 @@ class GeminiConfig(PreTrainedConfig):
     image_size: int = 64
     image_channels: list[int] | tuple[int, ...] = (40, 80, 160, 256)
     image_blur: float | int = 0.0
+    image_prototypes: int = 0
+    prototype_sharpness: float | int = 3.0
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -156,6 +161,10 @@ def _check(config: GeminiConfig) -> None:
             raise UsageError(f"{name} is {getattr(config, name)}.", "Give a fraction from 0 to below 1.")
     if not 0 <= config.image_blur <= 1:
         raise UsageError(f"image_blur is {config.image_blur}.", "Give a fraction from 0 to 1.")
+    if config.image_prototypes < 0:
+        raise UsageError(f"image_prototypes is {config.image_prototypes}.", "Give a number of things, or 0.")
+    if config.prototype_sharpness <= 0:
+        raise UsageError(f"prototype_sharpness is {config.prototype_sharpness}.", "Give a positive number.")
     if config.hidden_size % config.num_attention_heads:
         raise UsageError(
             f"hidden_size {config.hidden_size} cannot be shared by {config.num_attention_heads} heads.",
@@ -175,6 +184,11 @@ def _check(config: GeminiConfig) -> None:
         raise UsageError(
             f"image_size is {config.image_size}.",
             f"Make it a multiple of {config.image_stride}: each of the tower's stages halves it.",
+        )
+    if config.image_prototypes and config.image_grid % 2:
+        raise UsageError(
+            f"A grid of {config.image_grid} x {config.image_grid} vectors has no quarters to compare.",
+            f"Make image_size a multiple of {2 * config.image_stride}, or image_prototypes 0.",
         )
     _check_fusion(config)
 

@@ -247,7 +247,7 @@ class GeminiForSequenceClassification(GeminiPreTrainedModel):
 
 
 class GeminiForImageClassification(GeminiPreTrainedModel):
-    """The convolutional tower with a linear head over the mean of its vectors.
+    """The convolutional tower under a linear head over its mean vector, or a prototype for each label.
 
     Captioning starts from it: a tower learns what tells drawings apart many times faster from one class a
     name than from names spelt token by token.
@@ -257,9 +257,16 @@ class GeminiForImageClassification(GeminiPreTrainedModel):
 
     def __init__(self, config: GeminiConfig) -> None:
         super().__init__(config)
+        if config.image_prototypes not in (0, config.num_labels):
+            raise UsageError(
+                f"{config.image_prototypes} prototypes cannot tell {config.num_labels} labels apart.",
+                "Make image_prototypes the number of labels, or 0.",
+            )
         self.image = ImageEmbedder(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = (
+            None if config.image_prototypes else nn.Linear(config.hidden_size, config.num_labels)
+        )
         self.post_init()
 
     @can_return_tuple
@@ -270,7 +277,10 @@ class GeminiForImageClassification(GeminiPreTrainedModel):
 
         H and W are multiples of ``config.image_stride``, not necessarily ``config.image_size``.
         """
-        logits = self.classifier(self.dropout(self.image.features(pixel_values).mean(dim=1)))
+        if self.classifier is None:
+            logits = self.image.prototypes.resemblance(self.dropout(self.image.quarters(pixel_values)))
+        else:
+            logits = self.classifier(self.dropout(self.image.features(pixel_values).mean(dim=1)))
         loss = None if labels is None else classification_loss(logits, labels, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits)
 

@@ -27,7 +27,8 @@ NO_STATES = np.empty((0, 0), np.float16)
 class Corpus:
     """Drawings with names, labelled reviews, stories, other texts; any of them may be empty.
 
-    ``names`` are the English names of the training split in order, the classes that drawings can have.
+    ``names`` are the English names of the training split in order, the classes that drawings can have and the
+    order of prototypes.
     ``redrawn`` are the drawings by invented hands, (N, count, 64, 64, 4) uint8. ``thoughts`` are texts and
     the states that a sentence encoder has for them, (N, D) float16.
     """
@@ -69,6 +70,8 @@ def load_corpus(cache: Path, split: str, tasks: Collection[str]) -> Corpus:
         reviews=load_sentiment(cache, split) if {"classify", "denoise"} & set(tasks) else (),
         stories=load_stories(cache, split) if stories else (),
         texts=load_texts(cache, split) if prose else (),
-        names=sorted({en for en, _ in drawing_names(cache, "train")}) if "name" in tasks else (),
+        names=sorted({en for en, _ in drawing_names(cache, "train")})
+        if {"caption", "name"} & set(tasks)
+        else (),
         thoughts=read_states(states_path(cache), split) if "mimic" in tasks else ((), NO_STATES),
     )

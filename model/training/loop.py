@@ -35,7 +35,13 @@ from gemini.model.training.losses import loss_of, make_optimizer
 from gemini.model.training.options import TrainingOptions, load_options
 from gemini.model.training.order import step_seed
 from gemini.model.training.schedule import learning_rate_factor, progress
-from gemini.model.training.start import load_tokenizer, make_model, save_final
+from gemini.model.training.start import (
+    freeze_tower,
+    image_embedder,
+    load_tokenizer,
+    make_model,
+    save_final,
+)
 from gemini.model.training.states import ENCODER, ensure_states
 from gemini.model.training.tasks import Batch, Task, build_tasks
 from gemini.model.training.teacher import ensure_labels
@@ -122,7 +128,7 @@ def _prepare(options: TrainingOptions, folder: Path, cache: Path, show: bool) ->
         heads = ("classifier",) if options.head != "generation" else ()
         wrapper = add_lora(model, options.lora_rank, options.lora_alpha, train_also=heads)
     if options.freeze_tower:
-        model.get_encoder().image.tower.requires_grad_(False)
+        freeze_tower(model)
     model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, options.weight_decay)
     average = RunningAverage(model, options.ema_decay)
@@ -182,7 +188,7 @@ def train_step(run: Run, step: int, rate: float) -> dict[str, float]:
     """One step of AdamW on the summed gradients of the tasks; returns each task's loss."""
     run.model.train()
     if run.options.freeze_tower:
-        run.model.get_encoder().image.tower.eval()  # else batch norm would go on learning
+        image_embedder(run.model).tower.eval()  # else batch norm would go on learning
     torch.manual_seed(step_seed(run.options.seed, "dropout", step))
     losses = {}
     for task in run.tasks:

@@ -23,7 +23,7 @@ from typing import Any
 from gemini.errors import RecipeError
 from gemini.model.recipe_file import read_recipe
 
-BUILTIN = ("nano", "reader", "mimic", "focus", "tower", "sketch", "pretrain", "caption", "classify")
+BUILTIN = ("nano", "reader", "mimic", "recall", "focus", "tower", "sketch", "pretrain", "caption", "classify")
 HEADS = {  # and the tasks that each can learn
     "generation": ("caption", "continue", "denoise", "classify"),
     "classification": ("classify",),
@@ -83,7 +83,9 @@ class TrainingOptions:
 
     ``first`` names a recipe that is trained before, unless there is a checkpoint to start from; this run then
     starts from its result, and of ``minutes`` it gets the part ``first_share``. ``freeze_tower`` keeps the
-    convolutional tower as it starts, which makes a step on drawings half as long.
+    convolutional tower as it starts, which makes a step on drawings half as long. With ``prototypes`` each
+    name gets one (`gemini.model.gemini.prototypes`), and the models that start from this one see nothing else
+    of an image; with ``freeze_tower`` they keep what those are recognized by, too.
 
     ``minutes`` limits the time of the training itself (0: no limit); the learning rate then falls to zero at
     whichever end comes first. ``patience`` evaluations without a better validation loss end it (0: never).
@@ -100,6 +102,7 @@ class TrainingOptions:
     first: str = ""
     first_share: float = 0.5
     freeze_tower: bool = False
+    prototypes: bool = False
     seed: int = 0
     minutes: float = 0.0
     learning_rate: float = 1e-3
@@ -141,10 +144,15 @@ class TrainingOptions:
         for name in self.tasks:
             _check_choice("task", name, HEADS[self.head])
         attacked = any(task.adversarial for task in self.tasks.values())
-        if self.head == "image-classification" and (self.freeze_tower or self.lora_rank or attacked):
+        if self.head == "image-classification" and (self.lora_rank or attacked):
             raise RecipeError(
-                "Head image-classification has nothing but the tower, and no tokens to embed.",
-                "Leave out `freeze_tower`, `lora_rank` and `adversarial`.",
+                "Head image-classification has no layers that LoRA adapts, and no tokens to embed.",
+                "Leave out `lora_rank` and `adversarial`.",
+            )
+        if self.prototypes and self.head != "image-classification":
+            raise RecipeError(
+                f"`prototypes` are learnt by the classes of images, and the head is {self.head}.",
+                'Learn them in a recipe of its own, with `head = "image-classification"`, and start from it.',
             )
 
     def to_dict(self) -> dict[str, Any]:

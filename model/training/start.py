@@ -19,8 +19,10 @@ from gemini.model.gemini import (
     GeminiTokenizer,
     train_tokenizer,
 )
+from gemini.model.gemini.embedders import ImageEmbedder
 from gemini.model.training.corpus import Corpus, all_texts
 from gemini.model.training.options import TrainingOptions
+from gemini.model.training.tasks import encode
 
 _HEADS = {
     "generation": GeminiForConditionalGeneration,
@@ -55,44 +57,62 @@ def load_tokenizer(options: TrainingOptions, folder: Path, cache: Path) -> Any:
 def make_model(options: TrainingOptions, tokenizer: Any, corpus: Corpus) -> Any:
     """A model of the recipe's size with random weights, or the checkpoint's with the recipe's head.
 
-    Of a checkpoint that classifies images only the convolutional tower is taken.
+    Of a checkpoint that classifies images only the convolutional tower and its prototypes are taken.
     """
     head = _HEADS[options.head]
-    labels = _outputs(options.head, corpus)
-    from_tower = bool(options.start) and _is_tower(options.start)
-    if options.start and from_tower == (options.head == "image-classification"):
-        # What the head before told apart may be something else: then it starts anew.
-        config = GeminiConfig.from_pretrained(options.start, local_files_only=True, **labels)
-        before = GeminiConfig.from_pretrained(options.start, local_files_only=True)
-        return head.from_pretrained(
-            options.start,
-            config=config,
-            local_files_only=True,
-            dtype=torch.float32,  # a published checkpoint has half precision
-            ignore_mismatched_sizes=config.num_labels != before.num_labels,
-        )
-    vocabulary = {}
-    if tokenizer is not None:
-        vocabulary = {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "decoder_start_token_id": tokenizer.bos_token_id,
-            "task_specific_params": TASK_PREFIXES,
-        }
-    shape = {"fusion": options.fusion, **vocabulary, **labels, **options.model}
-    model = head(GeminiConfig.sized(options.size, **shape))
-    if from_tower:
-        _copy_tower(model, options.start)
+    labels = _outputs(options, corpus)
+    if options.start and not _is_new(options):
+        model, before = _continued(head, options.start, labels)
+    else:
+        before = _read_config(options.start) if options.start else GeminiConfig()
+        vocabulary = {}
+        if tokenizer is not None:
+            vocabulary = {
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "decoder_start_token_id": tokenizer.bos_token_id,
+                "task_specific_params": TASK_PREFIXES,
+            }
+        kept = {"image_prototypes": before.image_prototypes}
+        shape = {"fusion": options.fusion, **vocabulary, **kept, **labels, **options.model}
+        model = head(GeminiConfig.sized(options.size, **shape))
+        if options.start:
+            _copy_tower(model, options.start)
+    if head is GeminiForConditionalGeneration and head.__name__ not in (before.architectures or ()):
+        _name_prototypes(model, tokenizer, corpus)
     return model
 
 
-def _outputs(head: str, corpus: Corpus) -> dict[str, Any]:
+def _is_new(options: TrainingOptions) -> bool:
+    """Whether a model takes no more than a tower from the checkpoint it starts from: the kinds differ."""
+    return options.prototypes or _is_tower(options.start) != (options.head == "image-classification")
+
+
+def _continued(head: Any, folder: str, labels: dict[str, Any]) -> tuple[Any, GeminiConfig]:
+    """The checkpoint with this head, and its configuration as it was."""
+    config, before = _read_config(folder, **labels), _read_config(folder)
+    model = head.from_pretrained(
+        folder,
+        config=config,
+        local_files_only=True,
+        dtype=torch.float32,  # a published checkpoint has half precision
+        # What the head before told apart may be something else: then it starts anew.
+        ignore_mismatched_sizes=config.num_labels != before.num_labels,
+    )
+    return model, before
+
+
+def _read_config(folder: str, **changes: Any) -> GeminiConfig:
+    return GeminiConfig.from_pretrained(folder, local_files_only=True, **changes)
+
+
+def _outputs(options: TrainingOptions, corpus: Corpus) -> dict[str, Any]:
     """What a head tells apart, as fields of the configuration."""
-    if head == "regression":
+    if options.head == "regression":
         return {"num_labels": corpus.thoughts[1].shape[1], "problem_type": "regression"}
-    classes = {"classification": tuple(LABELS), "image-classification": corpus.names}.get(head)
+    classes = {"classification": tuple(LABELS), "image-classification": corpus.names}.get(options.head)
     if classes is None:
         return {}
     numbered = dict(enumerate(classes))
@@ -100,22 +120,60 @@ def _outputs(head: str, corpus: Corpus) -> dict[str, Any]:
         "id2label": numbered,
         "label2id": {name: index for index, name in numbered.items()},
         "problem_type": None,
+        **({"image_prototypes": len(classes)} if options.prototypes else {}),
     }
 
 
+def image_embedder(model: Any) -> ImageEmbedder:
+    """The part of a model of the family that sees."""
+    return model.image if isinstance(model, GeminiForImageClassification) else model.get_encoder().image
+
+
+def freeze_tower(model: Any) -> None:
+    """Keep the tower, and where names are not what is learnt, what prototypes are recognized by."""
+    image = image_embedder(model)
+    image.tower.requires_grad_(False)
+    if image.prototypes is not None and not isinstance(model, GeminiForImageClassification):
+        image.prototypes.requires_grad_(False)
+        image.prototypes.values.requires_grad_(True)
+
+
 def _copy_tower(model: Any, folder: str) -> None:
-    """The image embedder of a checkpoint that classifies images, into a model that reads images."""
-    image = model.get_encoder().image
-    tower = GeminiForImageClassification.from_pretrained(
+    """The tower of a checkpoint that classifies images, and its prototypes, into a model that sees."""
+    image = image_embedder(model)
+    source = GeminiForImageClassification.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32
     ).image
     try:
-        image.load_state_dict(tower.state_dict())
+        image.tower.load_state_dict(source.tower.state_dict())
+        if image.prototypes is not None and source.prototypes is not None:
+            image.prototypes.load_state_dict(source.prototypes.state_dict())
     except RuntimeError as error:
         raise CheckpointError(
             f"The tower of {folder} does not fit: {str(error).splitlines()[-1].strip()}",
             "Train it with the same `size`, `image_channels` and `image_size`.",
         ) from error
+
+
+@torch.no_grad()
+def _name_prototypes(model: Any, tokenizer: Any, corpus: Corpus) -> None:
+    """Start the vector of each prototype as the sum of the tokens of its names: decoders soon learn to spell
+    that. From random vectors it would have to learn nearly two thousand names one by one.
+    """
+    prototypes = image_embedder(model).prototypes
+    if prototypes is None or not len(corpus.drawings):
+        return
+    count = prototypes.values.in_features
+    if count != len(corpus.names):
+        raise CheckpointError(
+            f"The checkpoint tells {count} names apart, the data have {len(corpus.names)}.",
+            "Train it anew with `gemini-edge train recall` on these data.",
+        )
+    both = {en: f"{en} {zh}" for en, zh in zip(corpus.drawings.en, corpus.drawings.zh, strict=True)}
+    table, scale = model.get_input_embeddings().weight, model.get_encoder().text.scale
+    for number, name in enumerate(corpus.names):
+        ids = encode(tokenizer, [both[name]])[0]
+        prototypes.values.weight[:, number] = scale * table[ids].sum(0) / len(ids) ** 0.5
 
 
 def load_checkpoint(folder: Path) -> tuple[Any, Any]:

@@ -58,7 +58,7 @@ VISION: dict[str, Callable[[], tf.PreTrainedModel]] = {
 }
 
 
-def gemini(fusion: str) -> GeminiForConditionalGeneration:
+def gemini(fusion: str, prototypes: int = 0) -> GeminiForConditionalGeneration:
     config = GeminiConfig(
         vocab_size=101,
         hidden_size=64,
@@ -70,6 +70,7 @@ def gemini(fusion: str) -> GeminiForConditionalGeneration:
         image_channels=(8, 16, 32),
         max_position_embeddings=64,
         fusion=fusion,
+        image_prototypes=prototypes,
     )
     model = GeminiForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(2)
@@ -77,6 +78,10 @@ def gemini(fusion: str) -> GeminiForConditionalGeneration:
         if isinstance(norm, torch.nn.BatchNorm2d):  # as after training: no statistic at its start value
             norm.running_mean.copy_(torch.randn(norm.num_features, generator=generator))
             norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
+    if prototypes:  # as after training: one is clearly the nearest, and it is as large as a token
+        memory = model.get_encoder().image.prototypes
+        torch.nn.init.normal_(memory.keys.weight, generator=generator)
+        torch.nn.init.normal_(memory.values.weight, generator=generator)
     return model
 
 
@@ -117,6 +122,7 @@ ENCODER_DECODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "gemini-early": lambda: gemini("early"),
     "gemini-late": lambda: gemini("late"),
     "gemini-hybrid": lambda: gemini("hybrid"),
+    "gemini-prototypes": lambda: gemini("early", prototypes=100),  # no multiple of any block
     "vit-gpt2": lambda: vit_gpt2(),
 }
 # Not in any list that the exporter was written for: unequal caches, interleaved rotary, alibi, no positions.

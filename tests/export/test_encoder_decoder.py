@@ -103,6 +103,8 @@ def test_quantized_pair_stores_its_shared_table_once(recipe, table, make_pair, t
     ("name", "recipe"),
     [
         ("gemini-early", "int8"),
+        ("gemini-prototypes", "fp32"),
+        ("gemini-prototypes", "int4"),
         pytest.param("gemini-late", "fp32", marks=pytest.mark.slow),
         pytest.param("gemini-hybrid", "int4", marks=pytest.mark.slow),
     ],
@@ -116,7 +118,8 @@ def test_images_beside_text_reach_the_decoder(name, recipe, make_pair, tmp_path)
     session = bundle(checkpoint, tmp_path / "bundle")
     manifest = session.bundle.manifest
     assert manifest.raw["form"].startswith("grouped"), manifest.raw["refused_forms"]
-    assert set(manifest.graphs) == {"vision", "encoder", "decoder"} and session.model.image.vectors == 4
+    assert set(manifest.graphs) == {"vision", "encoder", "decoder"}
+    assert session.model.image.vectors == (1 if name == "gemini-prototypes" else 4)
     cases = {case["name"]: case["difference"] for case in manifest.raw["verification"]["cases"]}
     assert "prefill, padded sources with images" in cases and "prefill, one source" in cases
     assert max(cases.values()) < 1e-3
@@ -132,7 +135,8 @@ def test_images_beside_text_reach_the_decoder(name, recipe, make_pair, tmp_path)
             **inputs, pixel_values=pixels, max_new_tokens=8, do_sample=False, num_beams=1
         )
         assert list(answer.tokens) == expected[0, 1:].tolist()
-        assert answer.tokens != session.generate(text, max_new_tokens=8).tokens
+        # Of one vector among a text's, random weights make too little to change a token.
+        assert name == "gemini-prototypes" or answer.tokens != session.generate(text, max_new_tokens=8).tokens
 
 
 @pytest.mark.slow

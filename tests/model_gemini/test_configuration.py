@@ -18,6 +18,8 @@ from gemini.model.gemini import GeminiConfig
         ({"hidden_size": 9, "num_attention_heads": 1, "positions": "sinusoidal"}, "hidden_size 9"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"image_blur": 1.5}, "image_blur is 1.5"),
+        ({"image_prototypes": -1}, "image_prototypes is -1"),
+        ({"prototype_sharpness": 0}, "prototype_sharpness is 0"),
         ({"positions": "rotary"}, "'rotary'"),
         ({"fusion": "middle"}, "'middle'"),
         ({"fusion": "late", "encoder_layers": 1}, "each modality"),

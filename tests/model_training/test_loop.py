@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from gemini.errors import CheckpointError, UsageError
 from gemini.model.training import corpus, loop
+from gemini.model.training.corpus import load_corpus
 from gemini.model.training.loop import train
 from gemini.model.training.options import TaskOptions
-from gemini.model.training.start import load_checkpoint
+from gemini.model.training.start import load_checkpoint, load_tokenizer, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,6 +95,46 @@ def test_a_run_starts_from_the_tower_that_was_trained_before(options, cache, tmp
     (tmp_path / "out" / "training.json").unlink()
     monkeypatch.setattr(loop, "load_options", {}.__getitem__)
     train(dataclasses.replace(chained, steps=3), tmp_path / "out", cache, resume=True)
+
+
+def test_a_writer_spells_what_the_prototypes_of_a_tower_recall(options, cache, tmp_path, monkeypatch):
+    tower = dataclasses.replace(
+        options, name="tower", head="image-classification", tasks={"name": TaskOptions(4)}
+    )
+    recall = dataclasses.replace(tower, name="recall", first="tower", prototypes=True, freeze_tower=True)
+    monkeypatch.setattr(loop, "load_options", {"tower": tower, "recall": recall}.__getitem__)
+    writer = dataclasses.replace(options, first="recall", freeze_tower=True, steps=2, learning_rate=0.0)
+    train(writer, tmp_path / "out", cache)
+    towers, recalls, whole = (
+        load_file(tmp_path / "out" / part / "model.safetensors") for part in ("recall/tower", "recall", ".")
+    )
+    kept = [name for name in towers if name.startswith(("image.stem", "image.stages", "image.projection"))]
+    assert len(kept) > 20
+    assert all(torch.equal(towers[name], recalls[name]) for name in kept)
+    known = [name for name in recalls if "prototypes" in name and "values" not in name]
+    assert len(known) == 6  # weights and biases of query, norm and keys
+    assert all(torch.equal(recalls[name], whole[f"model.encoder.{name}"]) for name in kept + known)
+    # What a drawing recalls starts as the tokens of its names.
+    model, tokenizer = load_checkpoint(tmp_path / "out")
+    drawings = load_corpus(cache, "train", ["caption"]).drawings
+    names = sorted(zip(drawings.en, drawings.zh, strict=True))
+    assert model.config.image_prototypes == len(names) == 8
+    for number, pair in enumerate(names):
+        ids = tokenizer(" ".join(pair), add_special_tokens=False)["input_ids"]
+        expected = sum(model.get_input_embeddings().weight[token] for token in ids) / len(ids) ** 0.5
+        found = model.get_encoder().image.prototypes.values.weight[:, number]
+        torch.testing.assert_close(found, expected * model.get_encoder().text.scale)
+
+
+def test_names_of_other_data_than_the_prototypes_are_refused(options, cache, tmp_path, monkeypatch):
+    recall = dataclasses.replace(
+        options, head="image-classification", tasks={"name": TaskOptions(4)}, prototypes=True, steps=1
+    )
+    train(recall, tmp_path / "recall", cache)
+    fewer = dataclasses.replace(load_corpus(cache, "train", ["caption"]), names=("red circle",))
+    writer = dataclasses.replace(options, start=str(tmp_path / "recall"))
+    with pytest.raises(CheckpointError, match="tells 8 names apart, the data have 1"):
+        make_model(writer, load_tokenizer(writer, tmp_path, cache), fewer)
 
 
 def test_a_writer_starts_from_a_reader_that_was_trained_before(options, cache, tmp_path, monkeypatch):

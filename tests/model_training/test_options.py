@@ -24,9 +24,10 @@ def test_built_in_recipes_survive_a_round_trip(name):
         ({"tasks": {}}, "no task"),
         ({"tasks": {"caption": {"batch": 4}}, "head": "classification"}, "Choose classify"),
         (
-            {"head": "image-classification", "tasks": {"name": {"batch": 4}}, "freeze_tower": True},
-            "Leave out `freeze_tower`",
+            {"head": "image-classification", "tasks": {"name": {"batch": 4}}, "lora_rank": 2},
+            "Leave out `lora_rank`",
         ),
+        ({"prototypes": True}, "classes of images, and the head is generation"),
         ({"fusion": "none"}, "Choose early, late, hybrid"),
         ({"learning_rate": "fast"}, "`learning_rate` is 'fast'"),
         ({"minutes": float("nan")}, "`minutes` is nan"),
