@@ -13,7 +13,6 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -196,8 +195,7 @@ def train_step(run: Run, step: int, rate: float) -> dict[str, float]:
             continue
         batch = task.batch(step // task.options.every)
         loss = _loss(run, task, batch)
-        with sound_convolutions():
-            (task.options.weight * loss).backward()
+        (task.options.weight * loss).backward()
         losses[task.name] = loss.item()
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -223,20 +221,6 @@ def _loss(run: Run, task: Task, batch: Batch) -> Tensor:
     embedding = run.model.get_encoder().get_input_embeddings()
     clean, attacked = adversarial_loss(embedding, loss, task.options.adversarial)
     return (clean + attacked) / 2
-
-
-@contextlib.contextmanager
-def sound_convolutions() -> Iterator[None]:
-    """Without oneDNN on a CPU that has AVX2 and no more: its kernel for the gradient of 1 x 1 weights
-    (jit_avx2_1x1_convolution_bwd_weights in torch 2.13) writes past its buffers there."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX2":
-        yield
-        return
-    before, *_ = torch.backends.mkldnn.set_flags(False)
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.set_flags(before)
 
 
 def bf16_where_native() -> contextlib.AbstractContextManager[Any]:

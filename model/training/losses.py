@@ -15,7 +15,8 @@ from gemini.model.training.tasks import IGNORED, Batch
 def generation_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over the labels (B, T) of an encoder-decoder, teacher forced.
 
-    The head, a product with 8 thousand columns, sees only positions that have a label: padding is free.
+    The head, a product with 8 thousand columns, sees only positions that have a label: padding is free. Where
+    the first token is not certain, ``first_shares`` (B, vocabulary) are the probabilities it should have.
     """
     labels = batch["labels"]
     known = labels != IGNORED
@@ -26,8 +27,20 @@ def generation_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> Tensor:
         decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
         use_cache=False,
     ).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[known])
-    return F.cross_entropy(logits.float(), labels[known], label_smoothing=smoothing)
+    logits = model.get_output_embeddings()(hidden[known]).float()
+    shares = batch.get("first_shares")
+    if shares is None:
+        return F.cross_entropy(logits, labels[known], label_smoothing=smoothing)
+    first = torch.zeros_like(known).index_fill_(1, torch.tensor(0), True)[known]
+    losses = torch.cat(
+        [
+            F.cross_entropy(logits[first], shares, label_smoothing=smoothing, reduction="none"),
+            F.cross_entropy(
+                logits[~first], labels[known][~first], label_smoothing=smoothing, reduction="none"
+            ),
+        ]
+    )
+    return losses.mean()
 
 
 def classification_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> Tensor:

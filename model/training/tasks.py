@@ -234,19 +234,21 @@ class ClassifyTask(Task):
             self.positive = np.concatenate([self.positive, list(known.values())])
         self.sources = reviews_as_prompts(tokenizer, self.texts, run.encoder_tokens)
         super().__init__(tokenizer, options, run, [len(ids) for ids in self.sources], train)
-        end = tokenizer.eos_token_id
-        self.targets = [[tokenizer.convert_tokens_to_ids(label), end] for label in LABELS.values()]
+        self.answers = [tokenizer.convert_tokens_to_ids(label) for label in LABELS.values()]
+        self.targets = [[answer, tokenizer.eos_token_id] for answer in self.answers]
 
     def make(self, indices: np.ndarray, generator: np.random.Generator) -> Batch:
         sources = [self.sources[index] for index in indices]
         if self.train and self.options.noise:
             noisy = [noise_text(self.texts[index], generator, self.options.noise) for index in indices]
             sources = reviews_as_prompts(self.tokenizer, noisy, self.run.encoder_tokens)
-        # A label drawn from the soft target has the gradient of the soft target, on average.
-        classes = (generator.random(len(indices)) < self.positive[indices]).astype(np.int64)
-        batch = self.pack(sources, [self.targets[label] for label in classes])
+        positive = torch.from_numpy(self.positive[indices]).float()
+        batch = self.pack(sources, [self.targets[int(share > 0.5)] for share in positive])
         if self.run.head == "classification":
-            batch["labels"] = torch.from_numpy(classes)
+            batch["labels"] = torch.stack([1 - positive, positive], dim=1) if self.train else positive.long()
+        elif self.train:
+            batch["first_shares"] = torch.zeros(len(indices), len(self.tokenizer))
+            batch["first_shares"][:, self.answers] = torch.stack([1 - positive, positive], dim=1)
         return batch
 
 

@@ -82,27 +82,59 @@ def test_infilling_hides_the_share_asked_for():
 
 
 def test_labels_of_reviews_are_tokens_or_classes(tasks, tokenizer, options, corpus):
-    written = tasks["classify"].batch(1)["labels"]
+    written = tasks["classify"].batch(1)
     run = dataclasses.replace(options, head="classification", tasks={"classify": options.tasks["classify"]})
     (task,) = build_tasks(tokenizer, run, corpus, train=True)
     classes = task.batch(1)["labels"]
     answers = tokenizer.convert_tokens_to_ids(["<negative>", "<positive>"])
-    assert written[:, 0].tolist() == [answers[label] for label in classes]
-    assert (written[:, 1] == tokenizer.eos_token_id).all()
+    assert classes.tolist() == torch.eye(2)[classes[:, 1].long()].tolist()  # without a teacher they are sure
+    assert written["labels"][:, 0].tolist() == [answers[label] for label in classes[:, 1].long()]
+    assert (written["labels"][:, 1] == tokenizer.eos_token_id).all()
+    assert torch.equal(written["first_shares"][:, answers], classes)
+    assert (written["first_shares"].sum(1) == 1).all()
+    (held_out,) = build_tasks(tokenizer, run, corpus, train=False)
+    assert held_out.batch(1)["labels"].dtype == torch.int64
 
 
-def test_soft_labels_are_drawn_in_their_proportion(tokenizer, options, corpus, tmp_path):
+def test_soft_labels_are_shares_of_each_class(tokenizer, options, corpus, tmp_path):
     path = tmp_path / "teacher.jsonl"
     path.write_text(
-        "\n".join(json.dumps({"text": review.text, "positive": 0.7}) for review in corpus.reviews)
+        "\n".join(json.dumps({"text": review.text, "positive": 0.8}) for review in corpus.reviews)
     )
-    taught = TaskOptions(batch=32, teacher=str(path), teacher_share=1.0)
+    taught = TaskOptions(batch=32, teacher=str(path), teacher_share=0.5)
     run = dataclasses.replace(options, head="classification", tasks={"classify": taught})
     (task,) = build_tasks(tokenizer, run, corpus, train=True)
-    drawn = torch.cat([task.batch(step)["labels"] for step in range(100)])
-    assert drawn.float().mean().item() == pytest.approx(0.7, abs=0.03)  # 3 sigma of 3200 draws: 0.024
+    shares = torch.cat([task.batch(step)["labels"] for step in range(10)])
+    assert set(shares[:, 1].unique().tolist()) == {
+        np.float32(0.4),
+        np.float32(0.9),
+    }  # half 0.8, half the label
+    torch.testing.assert_close(shares.sum(1), torch.ones(320))
     (held_out,) = build_tasks(tokenizer, run, corpus, train=False)
     assert set(held_out.positive) == {0.0, 1.0}
+
+
+def test_a_writer_is_taught_the_shares_of_its_first_token(tasks, model, tokenizer):
+    """The loss over soft labels is the mean of the losses of each label, weighed by its share."""
+    batch = tasks["classify"].batch(0)
+    answers = tokenizer.convert_tokens_to_ids(["<negative>", "<positive>"])
+    share = torch.linspace(0.1, 0.9, len(batch["labels"]))
+    soft = torch.zeros_like(batch["first_shares"])
+    soft[:, answers] = torch.stack([1 - share, share], dim=1)
+    model.eval()
+    losses = []
+    for row, positive in enumerate(share):
+        for answer, weight in zip(answers, (1 - positive, positive), strict=True):
+            labels = torch.tensor([[answer, tokenizer.eos_token_id]])
+            source = {name: batch[name][row : row + 1] for name in ("input_ids", "attention_mask")}
+            # What follows is taught behind the likelier label alone.
+            logits = model(**source, labels=labels).logits[0].log_softmax(-1)
+            losses.append(-weight * logits[0, answer])
+            if answer == batch["labels"][row, 0]:
+                losses.append(-logits[1, tokenizer.eos_token_id])
+    expected = sum(losses) / (2 * len(share))
+    loss = generation_loss(model, {**batch, "first_shares": soft})
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_soft_labels_that_cannot_be_read_are_refused(tokenizer, options, corpus, tmp_path):
@@ -127,6 +159,8 @@ def test_an_empty_set_is_refused(tokenizer, options):
 @pytest.mark.parametrize("name", ["caption", "continue", "denoise", "classify"])
 def test_the_loss_is_the_models_own(tasks, model, name):
     batch = tasks[name].batch(0)
+    shares = batch.pop("first_shares", None)
+    assert (shares is not None) == (name == "classify")
     # fp32 sums in another order.
     torch.testing.assert_close(generation_loss(model, batch), model(**batch).loss, rtol=1e-5, atol=1e-6)
 

@@ -135,6 +135,14 @@ def test_log_count_ratios_follow_their_formula():
     np.testing.assert_allclose(rows, [[0, ratio[1], ratio[2]]], rtol=1e-12)
 
 
+def test_three_teachers_of_chinese_have_a_vote_each(invented):
+    reviews, valid = invented(None, "train", "zh"), [review.text for review in invented(None, "valid", "zh")]
+    fitted = teacher.character_teacher().fit([r.text for r in reviews], [r.label for r in reviews])
+    votes = [part.predict_proba(valid) for part in fitted.estimators_]
+    assert len(votes) == 3 and not np.allclose(votes[0], votes[1], atol=1e-2)
+    np.testing.assert_allclose(fitted.predict_proba(valid), sum(votes) / 3, atol=1e-12)
+
+
 def test_the_file_of_labels_is_made_once(invented, tmp_path):
     figures = teacher.write_labels(tmp_path / "labels.jsonl", tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
