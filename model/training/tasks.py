@@ -203,7 +203,7 @@ class DenoiseTask(Task):
 
 
 class ClassifyTask(Task):
-    """A review to its label: a token for the decoder, or a number for a classification head."""
+    """A review to its label: a token for the decoder, or a class; in training, the share of both."""
 
     name = "classify"
 
