@@ -61,10 +61,10 @@ def make_model(options: TrainingOptions, tokenizer: Any, corpus: Corpus) -> Any:
     """
     head = _HEADS[options.head]
     labels = _outputs(options, corpus)
+    before = _read_config(options.start) if options.start else GeminiConfig()
     if options.start and not _is_new(options):
-        model, before = _continued(head, options.start, labels)
+        model = _continued(head, options.start, before, labels)
     else:
-        before = _read_config(options.start) if options.start else GeminiConfig()
         vocabulary = {}
         if tokenizer is not None:
             vocabulary = {
@@ -90,10 +90,10 @@ def _is_new(options: TrainingOptions) -> bool:
     return options.prototypes or _is_tower(options.start) != (options.head == "image-classification")
 
 
-def _continued(head: Any, folder: str, labels: dict[str, Any]) -> tuple[Any, GeminiConfig]:
-    """The checkpoint with this head, and its configuration as it was."""
-    config, before = _read_config(folder, **labels), _read_config(folder)
-    model = head.from_pretrained(
+def _continued(head: Any, folder: str, before: GeminiConfig, labels: dict[str, Any]) -> Any:
+    """The checkpoint with this head."""
+    config = _read_config(folder, **labels)
+    return head.from_pretrained(
         folder,
         config=config,
         local_files_only=True,
@@ -101,10 +101,10 @@ def _continued(head: Any, folder: str, labels: dict[str, Any]) -> tuple[Any, Gem
         # What the head before told apart may be something else: then it starts anew.
         ignore_mismatched_sizes=config.num_labels != before.num_labels,
     )
-    return model, before
 
 
 def _read_config(folder: str, **changes: Any) -> GeminiConfig:
+    _check_checkpoint(folder)
     return GeminiConfig.from_pretrained(folder, local_files_only=True, **changes)
 
 
@@ -178,8 +178,7 @@ def _name_prototypes(model: Any, tokenizer: Any, corpus: Corpus) -> None:
 
 def load_checkpoint(folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a finished run, ready to be judged."""
-    _check_checkpoint(str(folder))
-    config = GeminiConfig.from_pretrained(folder, local_files_only=True)
+    config = _read_config(str(folder))
     head = next(head for head in _HEADS.values() if head.__name__ in (config.architectures or ()))
     model = head.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     if head is GeminiForImageClassification:
@@ -200,9 +199,7 @@ def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _is_tower(folder: str) -> bool:
     """Whether a checkpoint classifies images and does nothing else."""
-    _check_checkpoint(folder)
-    config = GeminiConfig.from_pretrained(folder, local_files_only=True)
-    return GeminiForImageClassification.__name__ in (config.architectures or ())
+    return GeminiForImageClassification.__name__ in (_read_config(folder).architectures or ())
 
 
 def _check_checkpoint(folder: str) -> None:
