@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from gemini.compress.calibrate import Window, batches, each_input, hush
 from gemini.compress.stream import Call, find_stacks, record_calls, run_through
 from gemini.compress.structure import plain_linears, size_of
-from gemini.compress.writers import find_writers, outputs_of, ridge_step
+from gemini.compress.writers import find_writers, outputs_of, ridge_step, states_behind
 
 DAMPINGS = (6.0, 2.0, 20.0, 60.0)  # tokens a feature; the first where no batch can be held out
 _HELD_OUT = 5  # every so many batches one is there to choose among them
@@ -91,13 +91,13 @@ def refit(
                     states, wanted, at = mine, its, end
                     continue
             writers = find_writers(block, own[index][0], states[0])
-            targets = _states_behind(original[at], known[at], wanted, writers)
-            wanted = targets[-1]
+            targets, wanted = states_behind(original[at], known[at], wanted, writers)
             for left_out in range(at + 1, end):
                 wanted = run_through(original[left_out], known[left_out], wanted)
-            targets[-1], at = wanted, end
-            for place, name in enumerate(writers):
-                moved = _fit(block, own[index], states, writers[place:], targets[place], damping)
+            at = end
+            for place, name in enumerate(targets):
+                target = wanted if place + 1 == len(writers) else targets[name]
+                moved = _fit(block, own[index], states, writers[place:], target, damping)
                 if moved:
                     found.append(Refitted(f"{path}.{index}.{name}", *moved))
             states = run_through(block, own[index], states)
@@ -111,23 +111,6 @@ def _equal(states: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 def _same_weights(block: nn.Module, other: nn.Module) -> bool:
     mine, its = block.state_dict(), other.state_dict()
     return mine.keys() == its.keys() and _equal(list(mine.values()), list(its.values()))
-
-
-def _states_behind(
-    block: nn.Module, calls: Sequence[Call], states: Sequence[Tensor], writers: Sequence[str]
-) -> list[list[Tensor]]:
-    """For each writer, the states of every window once it and those before it have written; those behind the
-    block where nothing writes."""
-    behind: list[list[Tensor]] = [[] for _ in writers or [""]]
-    layers = {name: block.get_submodule(name) for name in writers}
-    for call, state in zip(calls, states, strict=True):
-        with outputs_of(layers) as made:
-            after = call.run(block, state)
-        for place in reversed(range(len(behind))):
-            behind[place].append(after)
-            if place:
-                after = after - made[writers[place]]
-    return behind
 
 
 def _fit(

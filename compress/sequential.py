@@ -35,7 +35,7 @@ from gemini.compress.calibrate import Window, batches, each_input, hush
 from gemini.compress.dense import dense, dense_weights
 from gemini.compress.select import weight_of
 from gemini.compress.stream import Call, Moment, find_stacks, record_calls, second_moment
-from gemini.compress.writers import find_writers, is_sum, outputs_of, ridge_step
+from gemini.compress.writers import find_writers, outputs_of, ridge_step, states_behind
 
 DAMPING = 20.0  # tokens a feature
 
@@ -89,7 +89,7 @@ def sequential(
             inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
             targets: Mapping[str, list[Tensor]] = {}
             if writers:
-                targets, wanted = _behind_writers(block, whole[index], wanted, writers)
+                targets, wanted = states_behind(block, whole[index], wanted, writers)
             block_run = _BlockRun(block, own[index], states, targets, damping)
             for layers in block_run.groups(inside):
                 turn = block_run.turn(layers, prefix)
@@ -102,26 +102,6 @@ def sequential(
             behind = second_moment(model, windows, after)
         if behind is not None:
             yield Turn((after,), behind)
-
-
-def _behind_writers(
-    block: nn.Module, calls: Sequence[Call], states: Sequence[Tensor], writers: Sequence[str]
-) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-    """The states of every window behind each writer and behind the block; none behind writers if the states
-    behind this block are no sum of those before it and what was written."""
-    layers = {name: block.get_submodule(name) for name in writers}
-    behind: dict[str, list[Tensor]] = {name: [] for name in writers}
-    outputs: list[Tensor] = []
-    for call, before in zip(calls, states, strict=True):
-        with outputs_of(layers) as made:
-            outputs.append(call.run(block, before))
-        if behind and len(made) == len(layers) and is_sum(outputs[-1], before, *made.values()):
-            for name, written in made.items():
-                before = before + written
-                behind[name].append(before)
-        else:
-            behind = {}
-    return behind, outputs
 
 
 class _Reached(Exception):

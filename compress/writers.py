@@ -6,7 +6,7 @@ that is linear in what such a product reads can be taken out again by that produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,27 @@ def find_writers(block: nn.Module, call: Call, states: Tensor) -> list[str]:
     return list(found)[::-1]
 
 
-def is_sum(after: Tensor, before: Tensor, *written: Tensor) -> bool:
+def states_behind(
+    block: nn.Module, calls: Sequence[Call], states: Sequence[Tensor], writers: Sequence[str]
+) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    """The states of every window behind each writer and behind the block; none behind writers if the states
+    behind this block are no sum of those before it and what was written."""
+    layers = {name: block.get_submodule(name) for name in writers}
+    behind: dict[str, list[Tensor]] = {name: [] for name in writers}
+    outputs: list[Tensor] = []
+    for call, before in zip(calls, states, strict=True):
+        with outputs_of(layers) as made:
+            outputs.append(call.run(block, before))
+        if behind and len(made) == len(layers) and _is_sum(outputs[-1], before, *made.values()):
+            for name, written in made.items():
+                before = before + written
+                behind[name].append(before)
+        else:
+            behind = {}
+    return behind, outputs
+
+
+def _is_sum(after: Tensor, before: Tensor, *written: Tensor) -> bool:
     """Whether the states behind a block are those before it and what was written, up to rounding."""
     wrong = after - before - sum(written)
     return float(wrong.abs().max()) <= _EXACT * float(after.abs().max())
