@@ -4,9 +4,9 @@
 
 all-MiniLM-L6-v2 is frozen. The texts are the English reviews of the training split, others made from them
 (crops, mixtures, losses: the transfer set of Tang et al., "Distilling Task-Specific Knowledge from BERT into
-Simple Neural Networks", arXiv:1903.12136), words of the encoder's vocabulary and sentences of the stories.
-The states are those of three layers, as in TinyBERT (Jiao et al., arXiv:1909.10351), here their means over a
-text.
+Simple Neural Networks", arXiv:1903.12136; words swapped for related ones: TinyBERT, Jiao et al.,
+arXiv:1909.10351, Algorithm 1), words of the encoder's vocabulary and sentences of the stories. The states are
+those of three layers, as in TinyBERT, here their means over a text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache as memoized
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -34,8 +35,11 @@ from gemini.model.training.state import write_atomically
 
 ENCODER = "all-minilm-l6-v2"
 VARIANTS = 6  # texts made from each review
+SWAPPED = 8  # and with other words
+RELATED = 15  # words that one may be swapped for
 SENTENCES = 6000
 _SHORTEST_WORD = 3
+_WORD = re.compile(r"(?<![\w'])[A-Za-z]+(?![\w'])")
 _HELD_OUT = 50  # one text in so many is for validation, another for test
 
 
@@ -57,7 +61,8 @@ def ensure_states(cache: Path, *, show: bool = False) -> Path:
     find(ENCODER)  # says which package is missing
     encoder = load_checkpoint(ENCODER)
     reviews = [review.text for review in load_sentiment(cache, "train", "en")]
-    parts = [reviews, variants(reviews), bare_words(encoder.tokenizer), _sentences(cache)]
+    made = [*variants(reviews), *swapped(reviews, encoder)]
+    parts = [reviews, made, bare_words(encoder.tokenizer), _sentences(cache)]
     texts = list(dict.fromkeys(text for part in parts for text in part))
     raw = features(encoder, texts, show=show)
     count = len(set(reviews))
@@ -65,7 +70,7 @@ def ensure_states(cache: Path, *, show: bool = False) -> Path:
     arrays = {
         "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8),
         "reviews": np.array(count),
-        "made": np.array(len({*reviews, *parts[1]})),
+        "made": np.array(len({*reviews, *made})),
         "states": ((raw - mean) / deviation).astype(np.float16),
         "mean": mean,
         "deviation": deviation,
@@ -125,6 +130,55 @@ def variants(texts: Sequence[str], count: int = VARIANTS) -> list[str]:
     return made
 
 
+def swapped(texts: Sequence[str], encoder: Any, count: int = SWAPPED) -> list[str]:
+    """``count`` texts made from each: some words, 15 to 50 % of them, swapped for related ones."""
+    related = related_words(encoder)
+    made = []
+    for number, text in enumerate(texts):
+        generator = np.random.default_rng(step_seed(0, "swapped", number))
+        shares = generator.uniform(0.15, 0.5, size=count)
+        made += [_swap(text, share, related, generator) for share in shares]
+    return made
+
+
+def _swap(
+    text: str, share: float, related: Callable[[str], list[str]], generator: np.random.Generator
+) -> str:
+    def other(found: re.Match[str]) -> str:
+        word = found[0]
+        others = related(word.lower()) if generator.random() < share else []
+        if not others:
+            return word
+        new = others[int(generator.integers(len(others)))]
+        return new.upper() if word.isupper() else new.title() if word.istitle() else new
+
+    return _WORD.sub(other, text)
+
+
+def related_words(encoder: Any) -> Callable[[str], list[str]]:
+    """The words whose vectors in the encoder are nearest to a word's, by cosine; none if it has none."""
+    pieces = encoder.tokenizer.convert_ids_to_tokens(range(len(encoder.tokenizer)))
+    whole = [index for index, piece in enumerate(pieces) if _is_word(piece)]
+    words = [pieces[index] for index in whole]
+    vectors = encoder.model.get_input_embeddings().weight.detach()[whole]
+    vectors = torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
+    places = {word: place for place, word in enumerate(words)}
+
+    @memoized
+    def related(word: str) -> list[str]:
+        if word not in places:
+            return []
+        likeness = vectors @ vectors[places[word]]
+        likeness[places[word]] = -1
+        return [words[place] for place in likeness.topk(RELATED).indices.tolist()]
+
+    return related
+
+
+def _is_word(piece: str) -> bool:
+    return len(piece) >= _SHORTEST_WORD and piece.isascii() and piece.isalpha()
+
+
 def _gap(word: str) -> str:
     """What parts a word from one that did not follow it: nothing after a Chinese character."""
     return "" if is_han(word) else " "
@@ -133,10 +187,7 @@ def _gap(word: str) -> str:
 def bare_words(tokenizer: Any) -> list[str]:
     """The whole words of a word-piece vocabulary, in its order, each as a review of one word."""
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    words = [
-        piece for piece in pieces if len(piece) >= _SHORTEST_WORD and piece.isascii() and piece.isalpha()
-    ]
-    return [f"It was {word}." for word in words]
+    return [f"It was {piece}." for piece in pieces if _is_word(piece)]
 
 
 @torch.inference_mode()

@@ -80,7 +80,7 @@ def chinese_labels(cache: Path) -> tuple[list[Row], Predict]:
         method="predict_proba",
     )[:, 1]
     own = set(texts)
-    made = [text for text in dict.fromkeys(variants(texts, 2)) if text not in own]
+    made = [text for text in dict.fromkeys(variants(texts, 4)) if text not in own]
     teacher.fit(texts, labels)
 
     def predict(texts: Sequence[str]) -> NDArray[np.floating]:

@@ -33,6 +33,50 @@ def test_words_are_whole_ones():
     assert states.bare_words(Pieces()) == ["It was good."]
 
 
+def test_words_are_swapped_for_those_with_the_nearest_vectors(monkeypatch):
+    words = ["good", "fine", "bad", "awful", "food"]
+    table = torch.nn.Embedding.from_pretrained(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+
+    class Pieces:
+        def __len__(self):
+            return 6
+
+        def convert_ids_to_tokens(self, ids):
+            return [["##ing", *words][index] for index in ids]  # pieces of words take no part
+
+    class Known:
+        tokenizer = Pieces()
+        model = type("Model", (), {"get_input_embeddings": lambda _: table})()
+
+    monkeypatch.setattr(states, "RELATED", 2)
+    centred = table.weight[1:] - table.weight[1:].mean(0)
+
+    def cosine(a, b):
+        a, b = centred[words.index(a)], centred[words.index(b)]
+        return float(a @ b / (a.norm() * b.norm()))
+
+    allowed = {
+        word: set(sorted(words, key=lambda other: cosine(word, other) if other != word else -2)[-2:])
+        for word in words
+    }
+    related = states.related_words(Known)
+    assert all(set(related(word)) == allowed[word] for word in words) and related("ing") == []
+    text = "Good food, BAD unheard good's bad awful fine."
+    made = states.swapped([text], Known, 200)
+    assert made == states.swapped([text], Known, 200)
+    shares = []
+    for new in made:
+        found = new.replace(",", "").replace(".", "").split()
+        assert len(found) == 8 and new[-1] == "." and found[3] == "unheard"
+        assert found[0].istitle() and found[2].isupper() and found[4] == "good's"
+        pairs = [
+            (a.lower(), b.lower()) for a, b in zip(text.replace(",", "")[:-1].split(), found, strict=True)
+        ]
+        assert all(b == a or b in allowed[a] for a, b in pairs if a not in ("unheard", "good's"))
+        shares.append(sum(a != b for a, b in pairs) / 6)
+    assert 0.28 < np.mean(shares) < 0.38  # shares are drawn from 0.15 to 0.5
+
+
 class Encoder:
     """The states of a text are its letters' counts, the same in all of its 6 layers, and at 2 positions."""
 
@@ -51,6 +95,9 @@ class Encoder:
     class Model:
         def eval(self):
             return self
+
+        def get_input_embeddings(self):
+            return torch.nn.Embedding(0, 4)
 
         def __call__(self, counts, attention_mask, output_hidden_states):
             states = counts[:, None].expand(-1, attention_mask.shape[1], -1)
