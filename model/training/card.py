@@ -52,7 +52,7 @@ def model_card(folder: Path, cache: Path) -> str:
         recipe=recipe["name"],
         fusion=recipe["fusion"],
         minutes=f"{sum(stage['minutes'] for _, stage in stages):.0f}",
-        threads=summary["threads"],
+        threads="1 thread" if summary["threads"] == 1 else f"{summary['threads']} threads",
         torch=summary["torch"],
         stages=_table(
             ("stage", "steps", "minutes", "parameters"),
