@@ -157,12 +157,11 @@ def _swap(
 
 def related_words(encoder: Any) -> Callable[[str], list[str]]:
     """The words whose vectors in the encoder are nearest to a word's, by cosine; none if it has none."""
-    pieces = encoder.tokenizer.convert_ids_to_tokens(range(len(encoder.tokenizer)))
-    whole = [index for index, piece in enumerate(pieces) if _is_word(piece)]
-    words = [pieces[index] for index in whole]
-    vectors = encoder.model.get_input_embeddings().weight.detach()[whole]
-    vectors = torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
+    numbered = whole_words(encoder.tokenizer)
+    words = list(numbered)
     places = {word: place for place, word in enumerate(words)}
+    vectors = encoder.model.get_input_embeddings().weight.detach()[list(numbered.values())]
+    vectors = torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
 
     @memoized
     def related(word: str) -> list[str]:
@@ -175,10 +174,6 @@ def related_words(encoder: Any) -> Callable[[str], list[str]]:
     return related
 
 
-def _is_word(piece: str) -> bool:
-    return len(piece) >= _SHORTEST_WORD and piece.isascii() and piece.isalpha()
-
-
 def _gap(word: str) -> str:
     """What parts a word from one that did not follow it: nothing after a Chinese character."""
     return "" if is_han(word) else " "
@@ -186,8 +181,17 @@ def _gap(word: str) -> str:
 
 def bare_words(tokenizer: Any) -> list[str]:
     """The whole words of a word-piece vocabulary, in its order, each as a review of one word."""
+    return [f"It was {word}." for word in whole_words(tokenizer)]
+
+
+def whole_words(tokenizer: Any) -> dict[str, int]:
+    """The pieces of a word-piece vocabulary that are English words, in its order, and their numbers."""
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    return [f"It was {piece}." for piece in pieces if _is_word(piece)]
+    return {
+        piece: number
+        for number, piece in enumerate(pieces)
+        if len(piece) >= _SHORTEST_WORD and piece.isascii() and piece.isalpha()
+    }
 
 
 @torch.inference_mode()
