@@ -59,7 +59,8 @@ class GeminiConfig(PreTrainedConfig):
     ``encoder_layers`` counts all layers of the encoder, whichever modality they serve, so that the three
     fusions have the same size: early fusion makes all of them joint; late fusion shares them between an image
     encoder and a text encoder; hybrid fusion makes the upper ``joint_layers`` joint and shares the others.
-    Of separate layers the text gets the larger half, because the image has its convolutional tower already.
+    Of separate layers the text gets the larger half, because the image has its convolutional tower already, and
+    all of them where an image is one vector (``image_prototypes``): attention has nothing to relate in it.
 
     Attributes:
         encoder_layers: layers of the encoder, all modalities together.
@@ -148,7 +149,8 @@ class GeminiConfig(PreTrainedConfig):
             return EncoderLayers(image=0, text=0, joint=self.encoder_layers)
         joint = self.joint_layers if self.fusion == "hybrid" else 0
         separate = self.encoder_layers - joint
-        return EncoderLayers(image=separate // 2, text=separate - separate // 2, joint=joint)
+        image = 0 if self.image_prototypes else separate // 2
+        return EncoderLayers(image=image, text=separate - image, joint=joint)
 
 
 def _check(config: GeminiConfig) -> None:
@@ -196,12 +198,13 @@ def _check(config: GeminiConfig) -> None:
 def _check_fusion(config: GeminiConfig) -> None:
     if config.fusion not in FUSIONS:
         raise UsageError(f"fusion is {config.fusion!r}.", f"Use one of {', '.join(FUSIONS)}.")
-    if config.fusion == "late" and config.encoder_layers < 2:
+    apart = 1 if config.image_prototypes else 2  # modalities that need a layer of their own
+    if config.fusion == "late" and config.encoder_layers < apart:
         raise UsageError(
             "Late fusion needs an encoder layer for each modality, and encoder_layers is 1.",
             "Set encoder_layers to 2 or more.",
         )
-    if config.fusion == "hybrid" and not 1 <= config.joint_layers <= config.encoder_layers - 2:
+    if config.fusion == "hybrid" and not 1 <= config.joint_layers <= config.encoder_layers - apart:
         raise UsageError(
             f"Hybrid fusion cannot make {config.joint_layers} of {config.encoder_layers} layers joint.",
             "Leave at least one layer joint and one for each modality.",

@@ -24,6 +24,26 @@ def test_larger_sizes(fusion: str, size: str, millions: int) -> None:
 def test_layers_are_shared_out(tiny: Any, fusion: str) -> None:
     split = tiny(fusion=fusion, encoder_layers=6, joint_layers=1).layer_split
     assert split == {"early": (0, 0, 6), "late": (3, 3, 0), "hybrid": (2, 3, 1)}[fusion]
+    split = tiny(fusion=fusion, encoder_layers=6, joint_layers=1, image_prototypes=9).layer_split
+    assert split == {"early": (0, 0, 6), "late": (0, 6, 0), "hybrid": (0, 5, 1)}[fusion]
+
+
+def test_beside_prototypes_text_alone_is_read_alike(
+    tiny: Any, fusion: str, batch: dict[str, torch.Tensor]
+) -> None:
+    """With the same weights in the same order every fusion gives the vectors of early fusion."""
+    sizes = {"encoder_layers": 3, "joint_layers": 1, "image_prototypes": 9}
+    early, other = GeminiModel(tiny(fusion="early", **sizes)), GeminiModel(tiny(fusion=fusion, **sizes))
+    theirs = other.encoder.fusion
+    layers = [*getattr(theirs, "text", []), *getattr(theirs, "joint", [])]
+    for layer, original in zip(layers, early.encoder.fusion.joint, strict=True):
+        layer.load_state_dict(original.state_dict())
+    norm = theirs.text_norm if fusion == "late" else theirs.norm
+    norm.load_state_dict(early.encoder.fusion.norm.state_dict())
+    other.encoder.text.load_state_dict(early.encoder.text.state_dict())
+    text = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    vectors = [model.eval().encoder(**text).last_hidden_state for model in (early, other)]
+    assert torch.equal(*vectors)
 
 
 def test_image_comes_first_then_text(tiny: Any, fusion: str, batch: dict[str, torch.Tensor]) -> None:
