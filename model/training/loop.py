@@ -92,7 +92,14 @@ def _after_first(
     own = folder / before.name
     if not (own / "training.json").exists():
         shape = {**options.model, **before.model}
-        before = replace(before, minutes=minutes, size=options.size, seed=options.seed, model=shape)
+        before = replace(
+            before,
+            minutes=minutes,
+            size=options.size,
+            fusion=options.fusion,
+            seed=options.seed,
+            model=shape,
+        )
         train(before, own, cache, resume=True, show=show)
     return replace(options, start=str(own))
 
