@@ -59,8 +59,8 @@ class GeminiConfig(PreTrainedConfig):
     ``encoder_layers`` counts all layers of the encoder, whichever modality they serve, so that the three
     fusions have the same size: early fusion makes all of them joint; late fusion shares them between an image
     encoder and a text encoder; hybrid fusion makes the upper ``joint_layers`` joint and shares the others.
-    Of separate layers the text gets the larger half, because the image has its convolutional tower already, and
-    all of them where an image is one vector (``image_prototypes``): attention has nothing to relate in it.
+    Of separate layers the text gets the larger half, because the image has its convolutional tower already,
+    and all of them where an image is one vector (``image_prototypes``): attention relates nothing in it.
 
     Attributes:
         encoder_layers: layers of the encoder, all modalities together.
