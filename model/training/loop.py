@@ -136,7 +136,7 @@ def _prepare(options: TrainingOptions, folder: Path, cache: Path, show: bool) ->
     if options.freeze_tower:
         freeze_tower(model)
     model.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, options.weight_decay)
+    optimizer = make_optimizer(model, options.weight_decay, options.encoder_rate)
     average = RunningAverage(model, options.ema_decay)
     done = state.Progress()
     saved = state.finished_states(folder / "state")
@@ -205,7 +205,7 @@ def train_step(run: Run, step: int, rate: float) -> dict[str, float]:
         (task.options.weight * loss).backward()
         losses[task.name] = loss.item()
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip)
     if not norm.isfinite():
         raise RecipeError(f"The gradient at step {step} is not finite.", "Lower `learning_rate`.")

@@ -60,13 +60,31 @@ def loss_of(head: str) -> Callable[..., Tensor]:
     return {"generation": generation_loss, "regression": regression_loss}.get(head, classification_loss)
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) that decays matrices and kernels, no bias, norm or embedding."""
+def make_optimizer(model: Any, weight_decay: float, encoder_rate: float = 1.0) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) that decays matrices and kernels, no bias, norm or embedding.
+
+    A group's ``scale`` is what its learning rate is multiplied with: ``encoder_rate`` for the layers of the
+    encoder (discriminative fine-tuning; Howard and Ruder, ACL 2018, section 3.2), 1 for everything else.
+    """
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }  # rows that a batch does not use would shrink
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
-    others = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    read = set() if encoder_rate == 1 else {id(p) for p in model.get_encoder().fusion.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = (parameter.ndim > 1 and id(parameter) not in embeddings, id(parameter) in read)
+            groups.setdefault(kind, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": weight_decay if decayed else 0.0,
+                "scale": encoder_rate if slow else 1.0,
+            }
+            for (decayed, slow), parameters in sorted(groups.items(), reverse=True)
+        ],
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        fused=True,
+    )

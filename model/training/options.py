@@ -87,6 +87,9 @@ class TrainingOptions:
     name gets one (`gemini.model.gemini.prototypes`), and the models that start from this one see nothing else
     of an image; with ``freeze_tower`` they keep what those are recognized by, too.
 
+    The encoder's layers learn at ``encoder_rate`` times the ``learning_rate``: a decoder that starts at
+    random would undo within a hundred steps what they were taught before.
+
     ``minutes`` limits the time of the training itself (0: no limit); the learning rate then falls to zero at
     whichever end comes first. ``patience`` evaluations without a better validation loss end it (0: never).
     """
@@ -106,6 +109,7 @@ class TrainingOptions:
     seed: int = 0
     minutes: float = 0.0
     learning_rate: float = 1e-3
+    encoder_rate: float = 1.0
     warmup: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -127,6 +131,7 @@ class TrainingOptions:
         _check_range("minutes", self.minutes, 0, 60 * 24 * 30)
         _check_range("first_share", self.first_share, 0.01, 0.99)
         _check_range("learning_rate", self.learning_rate, 0, 1)
+        _check_range("encoder_rate", self.encoder_rate, 0, 1)
         _check_range("warmup", self.warmup, 0, 1_000_000)
         _check_range("weight_decay", self.weight_decay, 0, 1)
         _check_range("clip", self.clip, 1e-6, 1e6)
@@ -144,10 +149,10 @@ class TrainingOptions:
         for name in self.tasks:
             _check_choice("task", name, HEADS[self.head])
         attacked = any(task.adversarial for task in self.tasks.values())
-        if self.head == "image-classification" and (self.lora_rank or attacked):
+        if self.head == "image-classification" and (self.lora_rank or attacked or self.encoder_rate != 1):
             raise RecipeError(
-                "Head image-classification has no layers that LoRA adapts, and no tokens to embed.",
-                "Leave out `lora_rank` and `adversarial`.",
+                "Head image-classification has no layers of an encoder, and no tokens to embed.",
+                "Leave out `lora_rank`, `adversarial` and `encoder_rate`.",
             )
         if self.prototypes and self.head != "image-classification":
             raise RecipeError(

@@ -191,6 +191,16 @@ def test_a_tower_of_other_widths_is_refused(options, cache, tmp_path):
         train(other, tmp_path / "out", cache)
 
 
+def test_layers_of_an_encoder_without_a_rate_stay_as_they_were(finished, options, cache, tmp_path):
+    run = dataclasses.replace(options, start=str(finished[0]), encoder_rate=0.0, steps=2)
+    train(run, tmp_path / "out", cache)
+    before, after = (load_file(folder / "model.safetensors") for folder in (finished[0], tmp_path / "out"))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    layers = {name for name in before if name.startswith("model.encoder.fusion.")}
+    assert len(layers) > 10 and layers <= same
+    assert "model.shared.weight" not in same and any("decoder" in name for name in before.keys() - same)
+
+
 def test_a_folder_with_a_run_is_not_overwritten(finished, options, cache):
     with pytest.raises(UsageError, match="already holds a run"):
         train(options, finished[0], cache)

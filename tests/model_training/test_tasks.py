@@ -175,6 +175,16 @@ def test_only_matrices_decay(model):
     assert total == len(list(model.parameters()))
 
 
+def test_layers_of_the_encoder_have_a_rate_of_their_own(model):
+    groups = make_optimizer(model, 0.1, encoder_rate=0.25).param_groups
+    scales = {id(parameter): group["scale"] for group in groups for parameter in group["params"]}
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert len(scales) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert scales[id(parameter)] == (0.25 if name.startswith("model.encoder.fusion.") else 1.0), name
+        assert decays[id(parameter)] in ((0.0, 0.1) if parameter.ndim > 1 else (0.0,)), name
+
+
 def test_further_texts_of_a_teacher_are_learnt_too(tokenizer, options, corpus, tmp_path):
     path = tmp_path / "teacher.jsonl"
     path.write_text(json.dumps({"text": "never seen", "positive": 1.0}))
