@@ -87,8 +87,8 @@ class TrainingOptions:
     name gets one (`gemini.model.gemini.prototypes`), and the models that start from this one see nothing else
     of an image; with ``freeze_tower`` they keep what those are recognized by, too.
 
-    The encoder's layers learn at ``encoder_rate`` times the ``learning_rate``: a decoder that starts at
-    random would undo within a hundred steps what they were taught before.
+    The encoder's layers learn at ``encoder_rate`` times the ``learning_rate``: beside a decoder that starts
+    at random they would lose some of what they were taught before.
 
     ``minutes`` limits the time of the training itself (0: no limit); the learning rate then falls to zero at
     whichever end comes first. ``patience`` evaluations without a better validation loss end it (0: never).

@@ -25,6 +25,7 @@ from gemini.model.gemini import GeminiConfig
         ({"fusion": "late", "encoder_layers": 1}, "each modality"),
         ({"fusion": "hybrid", "joint_layers": 2}, "2 of 3"),
         ({"fusion": "hybrid", "joint_layers": 0}, "0 of 3"),
+        ({"fusion": "hybrid", "joint_layers": 3, "image_prototypes": 9}, "3 of 3"),
         ({"image_size": 60}, "60"),
         ({"image_channels": (32, 0, 96)}, "(32, 0, 96)"),
         ({"image_channels": ()}, "()"),
