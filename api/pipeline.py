@@ -37,6 +37,7 @@ from gemini.judges import Judge, make_judge
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
 from gemini.pair_judge import calibration_feeds
 from gemini.recovery import Recovery, forget, prepare_recovery, recover_quantized
+from gemini.tuning import tune_recipe
 
 _NAMED = 5  # layers in the message of a gate that failed
 
@@ -56,6 +57,7 @@ def compress_model(
     teacher: str | None = None,
     codes: bool = True,
     kv_cache: str | None = None,
+    tune: bool = False,
     reference: str | None = None,
     force: bool = False,
     progress: bool = True,
@@ -72,6 +74,7 @@ def compress_model(
     model with the same vocabulary. A run that is cut off goes on when it is started again. ``codes``:
     those of 4-bit weights learn too, beside scales and norms.
     kv_cache: "int8" adds `QuantizeCache` to the recipe.
+    tune: the recipe's blocks are chosen by measurement on this machine (`gemini.tuning`).
     reference: the checkpoint that fp32 means, where ``source`` was cut from it.
     """
     output = Path(output)
@@ -89,6 +92,15 @@ def compress_model(
     with stages("load"):
         checkpoint = load_checkpoint(source, task)
     planned = _is_planned(checkpoint, recipe, target)
+    tuned = None
+    if tune:
+        if planned:
+            raise UsageError(
+                "Planned formats have blocks of their own.", "Give --recipe, or leave --tune out."
+            )
+        with stages("tune"):
+            tuned = tune_recipe(checkpoint, chosen, progress=progress)
+        chosen = tuned.recipe
     recovery = None
     if recover is not None:
         if not planned and not chosen.specs:
@@ -153,6 +165,7 @@ def compress_model(
             "gate": gate,
             "passes": manifest["passes"],
             "recovery": manifest.get("recovery"),
+            "tuning": tuned and tuned.to_dict(),
             "verification": manifest["verification"],
             "latency": latency,
             "bytes": manifest["bytes"],
@@ -167,6 +180,8 @@ def compress_model(
             "peak_rss_mb": peak_rss_mb(),
         }
         write_report(report, folder)
+        if tuned:
+            manifest["tuning"] = tuned.to_dict()
         manifest["metrics"] = to_plain(
             {k: report[k] for k in ("table", "metric", "drop_percent", "max_drop", "gate")}
         )

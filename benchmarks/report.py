@@ -96,8 +96,8 @@ def page_facts(report: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows, from the report's keys.
 
     name, task, recipe, table [{name, size_mb, metrics}], metric, drop_percent, max_drop, gate, passes,
-    recovery, verification, latency, bytes, data, host, seconds {stage: s}, peak_rss_mb, provenance, search.
-    All optional.
+    recovery, tuning, verification, latency, bytes, data, host, seconds {stage: s}, peak_rss_mb, provenance,
+    search. All optional.
     """
     table = list(report.get("table") or [])
     columns = table_columns(table)
@@ -116,6 +116,7 @@ def page_facts(report: Mapping[str, Any]) -> dict[str, Any]:
             (title, facts)
             for title, facts in (
                 ("Recovery", figures),
+                ("Blocks by measurement", _tuning(report.get("tuning"))),
                 ("Verification", report.get("verification")),
                 ("Provenance", report.get("provenance")),
                 ("Host", report.get("host")),
@@ -176,6 +177,22 @@ def _flatten(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         amount = f"{format_number(row[unit])} {unit}" if unit else "–"
         rows.append({"use": use, "amount": amount, **row})
     return rows
+
+
+def _tuning(tuning: Mapping[str, Any] | None) -> dict[str, str]:
+    """Which blocks were chosen, and what each of those measured costs."""
+    if not tuning:
+        return {}
+    return {
+        "chosen": tuning["chosen"]["name"],
+        "portable": tuning["portable"]["name"],
+        **{
+            each[
+                "name"
+            ]: f"{each['ms_per_token']:.2f} ms of products a token, {each['error']:.2f} x the error"
+            for each in tuning["candidates"]
+        },
+    }
 
 
 def _show(value: Any) -> str:

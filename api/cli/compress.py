@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gemini.cli.output import columns_of_text, recovery_line, results_table
+from gemini.cli.output import columns_of_text, recovery_line, results_table, tuning_line
 from gemini.errors import UsageError
 
 HELP = "Compress a checkpoint into a bundle, with the accuracy it lost and the report that shows it."
@@ -87,6 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="store keys and values of past tokens in 8 bits: a quarter of the memory, and decoding that is "
         "faster the longer the text; prompts are read more slowly",
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="of the blocks that cost about as much accuracy as the recipe's, take those that this machine "
+        "multiplies fastest with; the recipe's own, a choice for all processors, is recorded beside them",
+    )
     parser.add_argument("--force", action="store_true", help="replace a bundle that already lies at DIR")
     search = parser.add_argument_group("search")
     search.add_argument(
@@ -133,6 +139,8 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
 
     if other := _given(args, ("recipe", "target_size", "target_bpw")):
         raise UsageError(f"{other} says what to make, --search looks for it.", "Leave one of them out.")
+    if args.tune:
+        raise UsageError("--tune is not part of a search.", "Leave it out, and compress the winner with it.")
     if other := _given(args, ("recover", "teacher", "learn", "kv_cache")):
         raise UsageError(
             f"{other} is not part of a search.", "Leave it out, and compress the winner again with it."
@@ -186,6 +194,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         teacher=args.teacher,
         codes=args.learn != "scales",
         kv_cache=args.kv_cache,
+        tune=args.tune,
         force=args.force,
         progress=True,
     )
@@ -194,6 +203,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         counts = ", ".join(f"{count} x {name}" for name, count in plan["formats"].items())
         bits = f"{plan['bits_per_weight']:.2f} bits a weight"
         print(f"\nplan    {bits}: {counts} (plans made: {plan['attempts']})")
+    if tuning := report["tuning"]:
+        print(f"\ntuned   {tuning_line(tuning)}")
     if learned := report["recovery"]:
         print(f"\nlearned {recovery_line(learned)}")
     print(f"\nbundle  {args.output}\nreport  {Path(args.output) / 'report.html'}")

@@ -28,6 +28,15 @@ def recovery_line(learned: Mapping[str, Any]) -> str:
     return f"{found}, {learned['steps']} steps, {learned['minutes']:.1f} minutes"
 
 
+def tuning_line(tuning: Mapping[str, Any]) -> str:
+    """Which blocks were chosen and what that gains, from the report's entry."""
+    own, chosen = tuning["portable"]["name"], tuning["chosen"]["name"]
+    times = {each["name"]: f"{each['ms_per_token']:.2f} ms" for each in tuning["candidates"]}
+    if chosen == own:
+        return f"{own} stay, {times[own]} of products a token: none of {len(times) - 1} others takes less"
+    return f"{chosen}, {times[chosen]} of products a token, instead of {own}, {times[own]}"
+
+
 def columns_of_text(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells under a heading line; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
