@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SHIPPED = ("gemini-nano",)
 # Sizes that exist as configurations, for those who train them.
 UNTRAINED = ("gemini-base", "gemini-large")
+_READ = 128  # tokens of a text to classify: training shows no more at once (model/training/recipes)
 _LABELS = {"negative": "<negative>", "positive": "<positive>"}
 
 
@@ -82,14 +83,20 @@ class Model:
         return str(session.generate(captions[language], image, **options).text)
 
     def classify(self, text: str) -> Label:
-        """The likeliest label of a text, with its probability among the labels."""
+        """The likeliest label of a text, with its probability among the labels.
+
+        Of a long text gemini-nano reads the first and the last 64 tokens.
+        """
         if isinstance(self.session, TextClassifier):
             return self.session.classify([text])[0][0]
         session = self._able("classify texts", Seq2SeqGenerator)
         prefix = self._prefixes.get("text-classification")
         if prefix is None:
             raise RequestError("This model does not classify texts.", "Use a bundle of a text classifier.")
-        source = session.tokenizer.encode(prefix + text)[: session.model.context_length]
+        source = session.tokenizer.encode(prefix + text)
+        read = min(_READ, session.model.context_length)
+        if len(source) > read:
+            source = source[: read // 2] + source[read // 2 - read :]
         (logits,) = session.logits([source], [[session.model.pad_token_id or 0]])[:, 0]
         ids = [session.tokenizer.encode(token)[0] for token in _LABELS.values()]
         scores = np.exp(logits[ids] - logits[ids].max())

@@ -23,6 +23,7 @@ from gemini.export.float_compute import float_compute
 from gemini.export.forms import LADDERS, Form
 from gemini.export.fusions import fuse
 from gemini.export.graph_file import write_graph, write_weights
+from gemini.export.lint import refuse_slow
 from gemini.export.operators import check_operators
 from gemini.export.trace_state import FormMismatch, tracing
 from gemini.export.tracing import LOWEST_OPSET, trace
@@ -113,6 +114,7 @@ def _export_form(
         fired.update(fuse(model))
         finish(model)
         operators |= set(check_operators(model))
+        refuse_slow(model)
         opsets |= model.opset_imports
     scales = scales_of(checkpoint.model)
     if scales is not None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gemini.model.data import Drawings, Review, augment
-from gemini.model.gemini import LABELS, caption_prompt, classify_prompt, continue_prompt
-from gemini.model.training.tasks import IGNORED, Batch, NameTask, Task, encode, pad
+from gemini.model.gemini import LABELS, caption_prompt, continue_prompt
+from gemini.model.training.tasks import IGNORED, Batch, NameTask, Task, encode, pad, reviews_as_prompts
 
 
 @torch.inference_mode()
@@ -76,11 +76,13 @@ def judge_captions(
 
 @torch.inference_mode()
 def label_probabilities(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 64, longest: int = 160
+    model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 64, longest: int = 128
 ) -> Tensor:
-    """(N, 2): the probability of each label, from either head; texts of like length share a batch."""
-    prompts = [classify_prompt(text) for text in texts]
-    sources = [ids[:longest] for ids in encode(tokenizer, prompts)]
+    """(N, 2): the probability of each label, from either head; texts of like length share a batch.
+
+    A text is read as users have it read (`gemini.facade`), ``longest`` tokens of it.
+    """
+    sources = reviews_as_prompts(tokenizer, texts, longest)
     answers = [tokenizer.convert_tokens_to_ids(label) for label in LABELS.values()]
     order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
     result = torch.empty(len(sources), len(LABELS))

@@ -10,6 +10,7 @@ import gemini
 from gemini.cli import main
 from gemini.errors import RequestError, UsageError
 from gemini.model.gemini import LABELS, caption_prompt, classify_prompt, continue_prompt
+from gemini.model.training.evaluate import label_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,22 @@ def test_a_label_has_the_probability_that_torch_gives_it(model, reference):
     label = model.classify("A lovely film")
     assert label.label == list(LABELS)[int(probabilities.argmax())]
     assert label.score == pytest.approx(float(probabilities.max()), abs=1e-5)
+
+
+def test_of_a_long_text_both_ends_are_read_as_in_training(model, reference):
+    network, tokenizer, _ = reference
+    text = " ".join(f"word {number} of a long review" for number in range(60)) + " and a lovely end"
+    ids = tokenizer(classify_prompt(text), add_special_tokens=False)["input_ids"]
+    assert len(ids) > 200
+    read = torch.tensor([[*ids[:64], *ids[-64:]]])
+    start = torch.tensor([[network.config.decoder_start_token_id]])
+    with torch.no_grad():
+        logits = network(input_ids=read, decoder_input_ids=start).logits[0, 0]
+    expected = logits[tokenizer.convert_tokens_to_ids(list(LABELS.values()))].softmax(0)
+    judged = label_probabilities(network, tokenizer, [text])[0]
+    label = model.classify(text)
+    assert judged.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert label.score == pytest.approx(float(expected.max()), abs=1e-5)
 
 
 def test_what_does_not_exist_is_named_with_a_remedy(model, picture):

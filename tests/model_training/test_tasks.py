@@ -21,6 +21,7 @@ from gemini.model.training.tasks import (
     ClassifyTask,
     NameTask,
     Pictures,
+    both_ends,
     build_tasks,
     encode,
     infill,
@@ -183,6 +184,12 @@ def test_layers_of_the_encoder_have_a_rate_of_their_own(model):
     for name, parameter in model.named_parameters():
         assert scales[id(parameter)] == (0.25 if name.startswith("model.encoder.fusion.") else 1.0), name
         assert decays[id(parameter)] in ((0.0, 0.1) if parameter.ndim > 1 else (0.0,)), name
+
+
+@pytest.mark.parametrize(("longest", "read"), [(4, [0, 1, 8, 9]), (5, [0, 1, 7, 8, 9]), (10, [*range(10)])])
+def test_of_a_long_text_both_ends_are_read(longest, read):
+    assert both_ends([*range(10)], longest) == read
+    assert both_ends([*range(3)], longest) == [0, 1, 2]
 
 
 def test_further_texts_of_a_teacher_are_learnt_too(tokenizer, options, corpus, tmp_path):
