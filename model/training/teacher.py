@@ -4,7 +4,8 @@
 
 English: a logistic regression over the states of a sentence encoder (`gemini.model.training.states`).
 Chinese: the mean of three models over characters and runs of them. All are fitted to the training split
-alone, and a review is labelled by a model that did not see it.
+alone; a review itself is labelled by a model that did not see it, a text made from reviews by one that saw
+them all.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from gemini.model.training.state import write_atomically
 from gemini.model.training.states import ENCODER, ensure_states, features, load_arrays, variants
 
 SURE = 0.35  # how far from 1/2 the label of what is no review must be to be worth learning
-CHINESE_VARIANTS = 10  # texts made from each review
 FOLDS = 5  # shuffled: reviews of one kind of shop stand together, and a teacher must have seen each kind
 
 Row = dict[str, Any]  # {"text", "language", "positive"}
@@ -66,30 +66,28 @@ def english_labels(cache: Path, *, show: bool = False) -> tuple[list[Row], Predi
 
 
 def chinese_labels(cache: Path) -> tuple[list[Row], Predict]:
-    """Labels of the reviews and of texts made from them, and the teacher.
-
-    Each by a teacher that saw neither the text nor what it was made from: of its own reviews, and of their
-    parts, a linear model over so many runs of characters knows the labels by heart.
-    """
-    from sklearn.model_selection import StratifiedKFold
+    """Labels of the reviews and of texts made from them, and the teacher."""
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     reviews = load_sentiment(cache, "train", "zh")
     texts, labels = [review.text for review in reviews], [review.label for review in reviews]
     teacher = character_teacher()
+    held_out = cross_val_predict(
+        teacher,
+        texts,
+        labels,
+        cv=StratifiedKFold(FOLDS, shuffle=True, random_state=0),
+        method="predict_proba",
+    )[:, 1]
+    own = set(texts)
+    made = [text for text in dict.fromkeys(variants(texts, 4)) if text not in own]
+    teacher.fit(texts, labels)
 
     def predict(texts: Sequence[str]) -> NDArray[np.floating]:
         return teacher.predict_proba(texts)[:, 1]
 
-    reviewed: dict[str, float] = {}
-    made: dict[str, float] = {}
-    for seen, held_out in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(texts, labels):
-        teacher.fit([texts[index] for index in seen], [labels[index] for index in seen])
-        own = [texts[index] for index in held_out]
-        parts = variants(own, CHINESE_VARIANTS)
-        reviewed |= zip(own, predict(own), strict=True)
-        made |= zip(parts, predict(parts), strict=True)
-    teacher.fit(texts, labels)
-    return [_row(text, "zh", share) for text, share in (made | reviewed).items()], predict
+    labelled = zip([*texts, *made], [*held_out, *predict(made)], strict=True)
+    return [_row(text, "zh", share) for text, share in labelled], predict
 
 
 def character_teacher() -> Any:

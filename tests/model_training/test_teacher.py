@@ -171,33 +171,6 @@ def test_english_reviews_are_labelled_by_who_did_not_see_them(invented, tmp_path
     assert right.mean() > 0.8
 
 
-def test_chinese_texts_are_labelled_by_who_saw_neither_them_nor_their_source(invented, tmp_path, monkeypatch):
-    asked = []
-
-    class Fake:
-        """Knows a text's source by what stands before its number, and believes what it has seen."""
-
-        def fit(self, texts, labels):
-            self.seen = dict(zip(texts, labels, strict=True))
-
-        def predict_proba(self, texts):
-            sources = [text.partition("#")[0] for text in texts]
-            asked.extend(sources)
-            return np.array([[0, 0.25 + (source in self.seen)] for source in sources])
-
-    monkeypatch.setattr(teacher, "character_teacher", Fake)
-    monkeypatch.setattr(
-        teacher,
-        "variants",
-        lambda texts, count: [f"{text}#{number}" for text in texts for number in range(count)],
-    )
-    rows, _ = teacher.chinese_labels(tmp_path)
-    reviews = {review.text for review in invented(None, "train", "zh")}
-    assert len(rows) == len(asked) == len(reviews) * (1 + teacher.CHINESE_VARIANTS)
-    assert {row["text"].partition("#")[0] for row in rows} == reviews
-    assert {row["positive"] for row in rows} == {0.25}
-
-
 def test_log_count_ratios_follow_their_formula():
     texts, labels = ["好好", "好的", "坏的", "坏坏", "好坏"], [1, 1, 0, 0, 1]
     pipeline = teacher.log_count_teacher().fit(texts, labels)
