@@ -51,3 +51,22 @@ def test_a_broken_file_is_refused(tmp_path):
         load_options(str(path))
     with pytest.raises(RecipeError, match="cannot be read"):
         load_options(str(tmp_path / "missing.toml"))
+
+
+def test_four_hours_leave_each_stage_of_nano_what_it_takes():
+    needed = {  # minutes on two cores with AVX2 alone (benchmarks/LOG.md)
+        "sketch": 22.5,
+        "tower": 49,
+        "focus": 12,
+        "recall": 14,
+        "mimic": 22,
+        "reader": 24,
+        "nano": 37,
+    }
+    name, left, own = "nano", 240.0, {}
+    while name:
+        options = load_options(name)
+        before = left * options.first_share if options.first else 0.0
+        own[name], left, name = left - before, before, options.first
+    assert own.keys() == needed.keys() and sum(own.values()) == pytest.approx(240)
+    assert all(own[stage] > 1.2 * minutes for stage, minutes in needed.items())
