@@ -249,19 +249,23 @@ def test_compress_passes_its_options_on_and_prints_the_table(monkeypatch, capsys
     def compress_model(*positional: Any, **options: Any) -> dict[str, Any]:
         calls.append((positional, options))
         table = [{"name": "fp32", "size_mb": 4.0, "perplexity": 2.0}]
-        return {"table": table, "plan": None, "recovery": None}
+        blocks = {"name": "4-bit blocks of 32"}
+        tuning = {"portable": blocks, "chosen": blocks, "candidates": [{**blocks, "ms_per_token": 2.5}]}
+        return {"table": table, "plan": None, "recovery": None, "tuning": tuning if options["tune"] else None}
 
     install_pipeline(monkeypatch, compress_model)
     output = str(tmp_path / "out")
     arguments = ["compress", "model", "--output", output, "--recipe", "int4", "--max-drop", "5", "--force"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--tune"]) == 0
     out = capsys.readouterr().out
     assert "Perplexity" in out
     assert "report.html" in out
     ((positional, options),) = calls
     assert positional == ("model", output, "int4")
+    assert options["tune"] is True
     assert options["max_drop"] == 5.0
     assert options["force"] is True
+    assert "4-bit blocks of 32 stay, 2.50 ms" in out
     assert result_of(capsys, *arguments)["table"][0]["name"] == "fp32"
 
 
