@@ -107,11 +107,12 @@ def tune_recipe(
     shapes, layers = _products(checkpoint.model, own, specs)
     fits = [spec.fit for spec in specs if isinstance(spec, QuantizeInt4)]
     fit = fits[0] if fits else "nearest"
+    shortest = min(columns for columns, _ in shapes)  # a block that a row does not fill is padded
     others = [
         Blocks(own.bits, size, symmetric)
         for size in (16, 32, 64, 128)
         for symmetric in (True, False)
-        if not (symmetric and fit == "hqq") and (symmetric or own.bits == 4)
+        if size <= shortest and not (symmetric and fit == "hqq") and (symmetric or own.bits == 4)
     ]
     formats = [own, *(each for each in others if each != own)]
     errors = [_error(layers, each, fit) for each in formats]

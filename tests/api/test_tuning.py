@@ -8,6 +8,7 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from gemini import tuning
+from gemini.cli import main
 from gemini.cli.output import tuning_line
 from gemini.compress.recipe import load_recipe
 from gemini.compress.specs import PerBlock
@@ -150,3 +151,25 @@ def test_planned_formats_are_not_tuned(gemini_folder, tmp_path):
     with pytest.raises(UsageError, match="blocks of their own"):
         compress_model(str(gemini_folder), tmp_path / "out", target_bpw=5.0, tune=True, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_is_not_tuned(gemini_folder, tmp_path, capsys):
+    arguments = [
+        "compress",
+        str(gemini_folder),
+        "--output",
+        str(tmp_path / "out"),
+        "--search",
+        "--max-drop",
+        "5",
+    ]
+    assert main([*arguments, "--tune"]) == 2
+    assert "compress the winner with it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_would_not_fill_a_block_are_not_padded():
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    narrow = checkpoint(LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=1, **sizes)))
+    tuned = tune_recipe(narrow, load_recipe("int8"), clock=clock(Blocks(8, 128, True)))
+    assert {each.blocks.size for each in tuned.candidates} <= {16, 32, 64}  # 64 is the recipe's own
