@@ -92,7 +92,7 @@ def compress_model(
     with stages("load"):
         checkpoint = load_checkpoint(source, task)
     planned = _is_planned(checkpoint, recipe, target)
-    tuned = None
+    tuning = None
     if tune:
         if planned:
             raise UsageError(
@@ -100,7 +100,7 @@ def compress_model(
             )
         with stages("tune"):
             tuned = tune_recipe(checkpoint, chosen, progress=progress)
-        chosen = tuned.recipe
+        chosen, tuning = tuned.recipe, tuned.to_dict()
     recovery = None
     if recover is not None:
         if not planned and not chosen.specs:
@@ -165,7 +165,7 @@ def compress_model(
             "gate": gate,
             "passes": manifest["passes"],
             "recovery": manifest.get("recovery"),
-            "tuning": tuned and tuned.to_dict(),
+            "tuning": tuning,
             "verification": manifest["verification"],
             "latency": latency,
             "bytes": manifest["bytes"],
@@ -180,8 +180,8 @@ def compress_model(
             "peak_rss_mb": peak_rss_mb(),
         }
         write_report(report, folder)
-        if tuned:
-            manifest["tuning"] = tuned.to_dict()
+        if tuning:
+            manifest["tuning"] = tuning
         manifest["metrics"] = to_plain(
             {k: report[k] for k in ("table", "metric", "drop_percent", "max_drop", "gate")}
         )

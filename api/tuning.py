@@ -15,10 +15,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from gemini.compress.apply import settled
-from gemini.compress.quantize import quantize
+from gemini.compress.layers import Integers, quantized
 from gemini.compress.recipe import Recipe
 from gemini.compress.select import select_layers, weight_of
 from gemini.compress.specs import PerBlock, QuantizeInt4, QuantizeInt8
@@ -37,7 +37,7 @@ from gemini.model.checkpoint import Checkpoint
 from gemini.runtime.session import session_options
 
 Shapes: TypeAlias = Mapping[tuple[int, int], int]  # (K, N) of a product -> how many a token needs
-Clock: TypeAlias = Callable[[Shapes, Sequence["Blocks"]], list[float]]
+Clock: TypeAlias = Callable[[Shapes, Sequence[Integers]], list[float]]
 
 ERROR_LIMIT = 1.25  # squared error of the weights over that of the recipe's own blocks
 MIN_GAIN = 0.03  # of the time: less is noise
@@ -48,19 +48,10 @@ _COPIES_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """How integer weights are cut: the format of a MatMulNBits node."""
-
-    bits: int
-    size: int
-    symmetric: bool
-
-
-@dataclass(frozen=True)
 class Candidate:
     """Blocks with what they cost: seconds of all products of a token, error over that of the recipe's own."""
 
-    blocks: Blocks
+    blocks: Integers
     seconds: float
     error: float
 
@@ -70,8 +61,8 @@ class Tuned:
     """The recipe with the chosen blocks, and how they were chosen."""
 
     recipe: Recipe
-    portable: Blocks
-    chosen: Blocks
+    portable: Integers
+    chosen: Integers
     candidates: tuple[Candidate, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,20 +96,18 @@ def tune_recipe(
         )
     (own,) = blocks
     shapes, layers = _products(checkpoint.model, own, specs)
-    fits = [spec.fit for spec in specs if isinstance(spec, QuantizeInt4)]
-    fit = fits[0] if fits else "nearest"
     shortest = min(columns for columns, _ in shapes)  # a block that a row does not fill is padded
     others = [
-        Blocks(own.bits, size, symmetric)
+        replace(own, block_size=size, symmetric=symmetric)
         for size in (16, 32, 64, 128)
         for symmetric in (True, False)
-        if size <= shortest and not (symmetric and fit == "hqq") and (symmetric or own.bits == 4)
+        if size <= shortest and not (symmetric and own.fit == "hqq") and (symmetric or own.bits == 4)
     ]
     formats = [own, *(each for each in others if each != own)]
-    errors = [_error(layers, each, fit) for each in formats]
+    errors = [_error(layers, each) for each in formats]
     limit = ERROR_LIMIT * errors[0]
     kept = [(each, error) for each, error in zip(formats, errors, strict=True) if error <= limit]
-    seconds = (clock or _with_bar(progress))(shapes, [each for each, _ in kept])
+    seconds = (clock or partial(product_seconds, progress=progress))(shapes, [each for each, _ in kept])
     candidates = tuple(
         Candidate(each, spent, error / errors[0] if errors[0] else 1.0)
         for (each, error), spent in zip(kept, seconds, strict=True)
@@ -131,7 +120,7 @@ def tune_recipe(
     return Tuned(tuned, own, chosen, candidates)
 
 
-def product_seconds(shapes: Shapes, formats: Sequence[Blocks], *, progress: bool = False) -> list[float]:
+def product_seconds(shapes: Shapes, formats: Sequence[Integers], *, progress: bool = False) -> list[float]:
     """Seconds that all products of one token, a row of float32 each, take in each format on one thread.
 
     Random weights, the least of ROUNDS; the formats in turn, so that a change of the machine's speed meets
@@ -157,19 +146,15 @@ def product_seconds(shapes: Shapes, formats: Sequence[Blocks], *, progress: bool
     return totals
 
 
-def _with_bar(progress: bool) -> Clock:
-    return lambda shapes, formats: product_seconds(shapes, formats, progress=progress)
-
-
 def _session(
-    columns: int, rows: int, copies: int, form: Blocks, generator: np.random.Generator
+    columns: int, rows: int, copies: int, form: Integers, generator: np.random.Generator
 ) -> ort.InferenceSession:
     """A graph of ``copies`` products of one input with weights of their own; their sum comes out."""
-    blocks = -(-columns // form.size)
+    blocks = -(-columns // form.block_size)
     nodes, weights = [], []
     for copy in range(copies):
         arrays = {
-            "codes": generator.integers(0, 256, (rows, blocks, form.size * form.bits // 8), np.uint8),
+            "codes": generator.integers(0, 256, (rows, blocks, form.block_size * form.bits // 8), np.uint8),
             "scales": generator.standard_normal((rows, blocks), np.float32),
         }
         if not form.symmetric:
@@ -184,7 +169,7 @@ def _session(
                 K=columns,
                 N=rows,
                 bits=form.bits,
-                block_size=form.size,
+                block_size=form.block_size,
                 accuracy_level=INT8_ACTIVATIONS,
             )
         )
@@ -196,19 +181,17 @@ def _session(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, rows])],
         weights,
     )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
-    )
-    model.ir_version = min(model.ir_version, onnx.IR_VERSION, 10)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return ort.InferenceSession(
         model.SerializeToString(), session_options(threads=1), providers=["CPUExecutionProvider"]
     )
 
 
-def _products(model: nn.Module, own: Blocks, specs: Sequence[Any]) -> tuple[Shapes, list[torch.Tensor]]:
+def _products(model: nn.Module, own: Integers, specs: Sequence[Any]) -> tuple[Shapes, list[torch.Tensor]]:
     """How many products of each shape there are, and some of their weights (N, K), spread over the model."""
     (spec,) = [each for each in specs if _blocks_of(each) is not None]
-    names = select_layers(model, own.size, spec.skip, None).linears
+    names = select_layers(model, own.block_size, spec.skip, None).linears
     if not names:
         raise RecipeError("The model has no linear layer to tune for.", "Leave --tune out.")
     weights = [weight_of(model.get_submodule(name)) for name in names]
@@ -217,33 +200,34 @@ def _products(model: nn.Module, own: Blocks, specs: Sequence[Any]) -> tuple[Shap
     return shapes, [weights[number] for number in dict.fromkeys(some.tolist())]
 
 
-def _error(weights: Sequence[torch.Tensor], form: Blocks, fit: str) -> float:
+def _error(weights: Sequence[torch.Tensor], form: Integers) -> float:
     """Squared error of the rounded weights over their squares, summed over the weights."""
     error = total = 0.0
     for weight in weights:
         dense = weight.float()
-        made = quantize(dense, bits=form.bits, block_size=form.size, symmetric=form.symmetric, fit=fit)
-        error += float((made.dequantized() - dense).square().sum())
+        error += float((quantized(dense, form).dequantized() - dense).square().sum())
         total += float(dense.square().sum())
     return error / total if total else 0.0
 
 
-def _blocks_of(spec: Any) -> Blocks | None:
+def _blocks_of(spec: Any) -> Integers | None:
     if isinstance(spec, QuantizeInt4):
-        return Blocks(4, spec.block_size, spec.symmetric)
+        return Integers(4, spec.block_size, spec.symmetric, spec.fit)
     if isinstance(spec, QuantizeInt8) and isinstance(spec.granularity, PerBlock):
-        return Blocks(8, spec.granularity.size, True)
+        return Integers(8, spec.granularity.size)
     return None
 
 
-def _with_blocks(spec: Any, blocks: Blocks) -> Any:
+def _with_blocks(spec: Any, blocks: Integers) -> Any:
     if isinstance(spec, QuantizeInt4):
-        return replace(spec, block_size=blocks.size, symmetric=blocks.symmetric)
+        return replace(spec, block_size=blocks.block_size, symmetric=blocks.symmetric)
     if _blocks_of(spec) is not None:
-        return replace(spec, granularity=PerBlock(blocks.size))
+        return replace(spec, granularity=PerBlock(blocks.block_size))
     return spec
 
 
-def _described(blocks: Blocks) -> dict[str, Any]:
-    name = f"{blocks.bits}-bit blocks of {blocks.size}" + ("" if blocks.symmetric else " with zero points")
-    return {"name": name, "bits": blocks.bits, "block_size": blocks.size, "symmetric": blocks.symmetric}
+def _described(blocks: Integers) -> dict[str, Any]:
+    name = f"{blocks.bits}-bit blocks of {blocks.block_size}" + (
+        "" if blocks.symmetric else " with zero points"
+    )
+    return {"name": name, "bits": blocks.bits, "block_size": blocks.block_size, "symmetric": blocks.symmetric}

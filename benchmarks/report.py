@@ -183,16 +183,11 @@ def _tuning(tuning: Mapping[str, Any] | None) -> dict[str, str]:
     """Which blocks were chosen, and what each of those measured costs."""
     if not tuning:
         return {}
-    return {
-        "chosen": tuning["chosen"]["name"],
-        "portable": tuning["portable"]["name"],
-        **{
-            each[
-                "name"
-            ]: f"{each['ms_per_token']:.2f} ms of products a token, {each['error']:.2f} x the error"
-            for each in tuning["candidates"]
-        },
+    costs = {
+        each["name"]: f"{each['ms_per_token']:.2f} ms of products a token, {each['error']:.2f} x the error"
+        for each in tuning["candidates"]
     }
+    return {"chosen": tuning["chosen"]["name"], "portable": tuning["portable"]["name"], **costs}
 
 
 def _show(value: Any) -> str:

@@ -10,12 +10,13 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from gemini import tuning
 from gemini.cli import main
 from gemini.cli.output import tuning_line
+from gemini.compress.layers import Integers
 from gemini.compress.recipe import load_recipe
 from gemini.compress.specs import PerBlock
 from gemini.errors import RecipeError, UsageError
 from gemini.model.checkpoint import Checkpoint
 from gemini.pipeline import compress_model
-from gemini.tuning import Blocks, product_seconds, tune_recipe
+from gemini.tuning import product_seconds, tune_recipe
 
 
 def checkpoint(model: torch.nn.Module, family: str = "decoder") -> Checkpoint:
@@ -30,7 +31,7 @@ def llama() -> Checkpoint:
     return checkpoint(LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, **sizes)))
 
 
-def clock(fastest: Blocks, gain: float = 0.5):
+def clock(fastest: Integers, gain: float = 0.5):
     """A clock by which one kind of blocks takes so much less than all others."""
     calls = []
 
@@ -44,7 +45,7 @@ def clock(fastest: Blocks, gain: float = 0.5):
 
 def test_the_fastest_blocks_are_taken_and_the_portable_ones_recorded(llama):
     recipe = load_recipe("int4")
-    tuned = tune_recipe(llama, recipe, clock=clock(Blocks(4, 32, False)))
+    tuned = tune_recipe(llama, recipe, clock=clock(Integers(4, 32, False, "moments")))
     (before,), (after,) = recipe.specs, tuned.recipe.specs
     assert (before.block_size, before.symmetric, after.block_size, after.symmetric) == (32, True, 32, False)
     assert after.fit == before.fit
@@ -59,7 +60,7 @@ def test_the_fastest_blocks_are_taken_and_the_portable_ones_recorded(llama):
 
 
 def test_every_product_of_a_token_is_timed(llama):
-    measure = clock(Blocks(4, 32, True))
+    measure = clock(Integers(4, 32, True, "moments"))
     tune_recipe(llama, load_recipe("int4"), clock=measure)
     # Of each of two layers: query and output, key and value, gate and up, down.
     assert measure.calls[0][0] == {(128, 128): 4, (128, 64): 4, (128, 256): 4, (256, 128): 2}
@@ -67,7 +68,9 @@ def test_every_product_of_a_token_is_timed(llama):
 
 def test_less_than_noise_changes_nothing(llama):
     recipe = load_recipe("int4")
-    tuned = tune_recipe(llama, recipe, clock=clock(Blocks(4, 32, False), gain=tuning.MIN_GAIN / 2))
+    tuned = tune_recipe(
+        llama, recipe, clock=clock(Integers(4, 32, False, "moments"), gain=tuning.MIN_GAIN / 2)
+    )
     assert tuned.recipe is recipe
     assert "stay" in tuning_line(tuned.to_dict())
 
@@ -92,8 +95,8 @@ def test_blocks_that_cost_accuracy_are_not_considered(llama):
 
     recipe = load_recipe("int4")
     nearest = type(recipe)("nearest", (type(recipe.specs[0])(block_size=32, symmetric=True, fit="nearest"),))
-    tuned = tune_recipe(llama, nearest, clock=clock(Blocks(4, 128, False)))
-    considered = {(each.blocks.size, each.blocks.symmetric): each.error for each in tuned.candidates}
+    tuned = tune_recipe(llama, nearest, clock=clock(Integers(4, 128, False)))
+    considered = {(each.blocks.block_size, each.blocks.symmetric): each.error for each in tuned.candidates}
     assert (128, False) not in considered
     assert (128, True) not in considered
     assert {(32, True), (32, False), (16, True), (16, False)} <= set(considered)
@@ -105,14 +108,16 @@ def test_blocks_that_cost_accuracy_are_not_considered(llama):
 
 
 def test_int8_blocks_of_a_generator(llama):
-    tuned = tune_recipe(llama, load_recipe("int8"), clock=clock(Blocks(8, 32, True)))
-    assert tuned.portable == Blocks(8, 64, True)
+    tuned = tune_recipe(llama, load_recipe("int8"), clock=clock(Integers(8, 32, True)))
+    assert tuned.portable == Integers(8, 64, True)
     assert tuned.recipe.specs[0].granularity == PerBlock(32)
     assert all(each.blocks.bits == 8 and each.blocks.symmetric for each in tuned.candidates)
 
 
 def test_real_kernels_are_timed():
-    spent = product_seconds({(64, 32): 3}, [Blocks(4, 32, True), Blocks(4, 64, False), Blocks(8, 32, True)])
+    spent = product_seconds(
+        {(64, 32): 3}, [Integers(4, 32, True), Integers(4, 64, False), Integers(8, 32, True)]
+    )
     assert len(spent) == 3
     assert all(0 < each < 1 for each in spent)
 
@@ -134,7 +139,7 @@ def test_the_bundle_says_what_was_measured(gemini_folder, tmp_path, monkeypatch)
         tuning,
         "product_seconds",
         lambda shapes, formats, progress: [
-            0.5 if each.symmetric is False and each.size == 32 else 1.0 for each in formats
+            0.5 if each.symmetric is False and each.block_size == 32 else 1.0 for each in formats
         ],
     )
     report = compress_model(str(gemini_folder), tmp_path / "out", "int4", tune=True, progress=False)
@@ -171,5 +176,5 @@ def test_a_search_is_not_tuned(gemini_folder, tmp_path, capsys):
 def test_rows_that_would_not_fill_a_block_are_not_padded():
     sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
     narrow = checkpoint(LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=1, **sizes)))
-    tuned = tune_recipe(narrow, load_recipe("int8"), clock=clock(Blocks(8, 128, True)))
-    assert {each.blocks.size for each in tuned.candidates} <= {16, 32, 64}  # 64 is the recipe's own
+    tuned = tune_recipe(narrow, load_recipe("int8"), clock=clock(Integers(8, 128, True)))
+    assert {each.blocks.block_size for each in tuned.candidates} <= {16, 32, 64}  # 64 is the recipe's own
