@@ -19,7 +19,7 @@ from typing import Any
 from gemini.benchmarks.host import host_facts
 from gemini.benchmarks.metrics import loss_percent
 from gemini.benchmarks.report import to_plain, write_report
-from gemini.benchmarks.resources import peak_rss_mb
+from gemini.benchmarks.resources import available_memory, peak_rss_mb
 from gemini.benchmarks.text import TextSource, default_text, read_text
 from gemini.budget import Planner, Target
 from gemini.calibration import calibration_windows, only_text
@@ -35,6 +35,7 @@ from gemini.export.bundle import check_output, commit, describe, staging, write_
 from gemini.export.exporter import export_checkpoint
 from gemini.judges import Judge, make_judge
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
+from gemini.model.disk import WORKING, room_for
 from gemini.pair_judge import calibration_feeds
 from gemini.recovery import Recovery, forget, prepare_recovery, recover_quantized
 from gemini.tuning import tune_recipe
@@ -58,6 +59,7 @@ def compress_model(
     codes: bool = True,
     kv_cache: str | None = None,
     tune: bool = False,
+    memory: float | None = None,
     reference: str | None = None,
     force: bool = False,
     progress: bool = True,
@@ -75,6 +77,8 @@ def compress_model(
     those of 4-bit weights learn too, beside scales and norms.
     kv_cache: "int8" adds `QuantizeCache` to the recipe.
     tune: the recipe's blocks are chosen by measurement on this machine (`gemini.tuning`).
+    memory: GB (10^9 bytes) that may be held, by default what the machine has to spare; weights that would
+    not fit are read from files (`gemini.model.disk`), which changes nothing else.
     reference: the checkpoint that fp32 means, where ``source`` was cut from it.
     """
     output = Path(output)
@@ -87,28 +91,33 @@ def compress_model(
         raise UsageError(f"The cache cannot be {kv_cache}.", "Use int8, or leave it out.")
     evaluation = _evaluation_text(eval_text)
     given = _calibration_source(calibration) if calibration else None
+    limit = memory_limit(memory)
     if teacher and recover is None:
         raise UsageError("A teacher is named and nothing is to learn.", "Add --recover MINUTES.")
-    with stages("load"):
-        checkpoint = load_checkpoint(source, task)
-    planned = _is_planned(checkpoint, recipe, target)
-    tuning = None
-    if tune:
-        if planned:
-            raise UsageError(
-                "Planned formats have blocks of their own.", "Give --recipe, or leave --tune out."
-            )
-        with stages("tune"):
-            tuned = tune_recipe(checkpoint, chosen, progress=progress)
-        chosen, tuning = tuned.recipe, tuned.to_dict()
-    recovery = None
-    if recover is not None:
-        if not planned and not chosen.specs:
-            raise UsageError("fp32 weights have nothing to recover from.", "Leave --recover out.")
-        with stages("text to recover on"):
-            text = None if checkpoint.family == "vision" else only_text(given)
-            recovery = prepare_recovery(checkpoint, output, recover, teacher, text, progress, codes)
-    with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch, staging(output) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch,
+        staging(output) as folder,
+        room_for(output, limit) as room,
+    ):
+        with stages("load"):
+            checkpoint = load_checkpoint(source, task)
+        planned = _is_planned(checkpoint, recipe, target)
+        tuning = None
+        if tune:
+            if planned:
+                raise UsageError(
+                    "Planned formats have blocks of their own.", "Give --recipe, or leave --tune out."
+                )
+            with stages("tune"):
+                tuned = tune_recipe(checkpoint, chosen, progress=progress)
+            chosen, tuning = tuned.recipe, tuned.to_dict()
+        recovery = None
+        if recover is not None:
+            if not planned and not chosen.specs:
+                raise UsageError("fp32 weights have nothing to recover from.", "Leave --recover out.")
+            with stages("text to recover on"):
+                text = None if checkpoint.family == "vision" else only_text(given)
+                recovery = prepare_recovery(checkpoint, output, recover, teacher, text, progress, codes)
         with stages("measure fp32"):
             whole = load_checkpoint(reference, task) if reference else checkpoint
             fp32_bytes = stored_bytes(whole)
@@ -178,6 +187,7 @@ def compress_model(
             "provenance": manifest["provenance"],
             "seconds": stages.seconds,
             "peak_rss_mb": peak_rss_mb(),
+            "memory": room.to_dict(),
         }
         write_report(report, folder)
         if tuning:
@@ -192,6 +202,14 @@ def compress_model(
             _reject(folder, output, report)
         commit(folder, output)
     return json.loads(json.dumps(to_plain({**report, "bundle": str(output)})))
+
+
+def memory_limit(asked: float | None) -> float | None:
+    """Bytes that may be held: ``asked`` GB, else what the machine has to spare; None if it does not say."""
+    if asked is not None:
+        return asked * 1e9
+    spare = available_memory()
+    return None if spare is None else max(spare, WORKING)
 
 
 def _is_planned(checkpoint: Checkpoint, recipe: str | None, target: Target) -> bool:

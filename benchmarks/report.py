@@ -96,8 +96,8 @@ def page_facts(report: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows, from the report's keys.
 
     name, task, recipe, table [{name, size_mb, metrics}], metric, drop_percent, max_drop, gate, passes,
-    recovery, tuning, verification, latency, bytes, data, host, seconds {stage: s}, peak_rss_mb, provenance,
-    search. All optional.
+    recovery, tuning, verification, latency, bytes, data, host, seconds {stage: s}, peak_rss_mb, memory,
+    provenance, search. All optional.
     """
     table = list(report.get("table") or [])
     columns = table_columns(table)

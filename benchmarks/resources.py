@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gemini.runtime.threads import cgroup_figures
+
 
 def peak_rss_mb() -> float:
     """Peak resident memory of this process so far, MB (10^6 bytes)."""
@@ -20,6 +22,46 @@ def peak_rss_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def available_memory(root: str | Path = "/") -> float | None:
+    """Bytes that a process may still take without others being swapped out; None if the system does not say.
+
+    What the kernel calls available, or less where a cgroup or one of its parents allows less. Cached files of
+    a cgroup do not count as taken. Sources: proc(5); Linux kernel documentation, cgroup-v2.rst (memory.max).
+    ``root`` is for tests, as that of `gemini.runtime.threads.cpu_quota`.
+    """
+    figures = cgroup_figures(root, "memory", _spare_v2, _spare_v1)
+    available = _fields(Path(root) / "proc/meminfo").get("MemAvailable:")
+    if available is not None:
+        figures.append(1024.0 * available)
+    return min(figures, default=None)
+
+
+def _spare_v2(folder: Path) -> float | None:
+    return _spare(folder, "memory.max", "memory.current", "inactive_file")
+
+
+def _spare_v1(folder: Path) -> float | None:
+    return _spare(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _spare(folder: Path, limit: str, current: str, cached: str) -> float | None:
+    """A group's limit less what it holds; None without a limit ("max", or a file that cannot be read)."""
+    try:
+        most, held = (int((folder / name).read_text()) for name in (limit, current))
+    except (OSError, ValueError):
+        return None
+    return max(0.0, float(most - held + _fields(folder / "memory.stat").get(cached, 0)))
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines of a name and a number, whatever follows them."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
 
 
 def folder_bytes(folder: str | Path) -> int:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from gemini.compress.calibrate import Window, as_feed, collect_input_moments, each_input, shortcut
 from gemini.compress.layers import Integers, quantized
 from gemini.compress.select import weight_of
+from gemini.model.disk import kept
 
 STRENGTHS = tuple(step / 20 for step in range(20))  # of the paper's grid
 TOLERANCE = 1e-4  # of the largest output: what a fold may change in float32
@@ -244,8 +245,9 @@ def _folded(model: nn.Module, group: Group, s: Tensor) -> dict[str, nn.Module]:
         bias.div_(s)
     new = {group.producer: producer}
     for name in group.consumers:
-        new[name] = copy.deepcopy(model.get_submodule(name))
-        new[name].get_parameter("weight").mul_(s)
+        old = model.get_submodule(name).get_parameter("weight")
+        weight = nn.Parameter(kept(old * s), requires_grad=False)
+        new[name] = copy.deepcopy(model.get_submodule(name), {id(old): weight})
     return new
 
 

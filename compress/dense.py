@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedLinear
+from gemini.model.disk import kept
 
 PACKED = (QuantizedLinear, ChannelwiseLinear, Bnb4Linear)
 
@@ -17,7 +18,8 @@ PACKED = (QuantizedLinear, ChannelwiseLinear, Bnb4Linear)
 def dense_weights(model: nn.Module) -> Iterator[None]:
     """Replace every packed linear by a float32 one with its dequantized weight while the block runs.
 
-    Costs the memory of the float32 model; worth it where the model runs many times in torch.
+    Costs the memory of the float32 model, or as much disk (`gemini.model.disk`); worth it where the model
+    runs many times in torch.
     """
     sites = [
         (parent, name, child)
@@ -40,7 +42,7 @@ def dense(layer: nn.Module) -> nn.Module:
         return layer
     with torch.device("meta"):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    plain.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
+    plain.weight = nn.Parameter(kept(layer.dequantized()), requires_grad=False)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias, requires_grad=False)
     return plain.eval()

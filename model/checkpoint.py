@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemini.errors import CheckpointError
-from gemini.model import catalog, folder, gguf_reader, text, vision
+from gemini.model import catalog, disk, folder, gguf_reader, text, vision
 from gemini.model.gguf import check_gguf
 from gemini.model.pooling import Pooling, SentenceFolder, read_sentence_folder
 from gemini.model.safetensors_check import INDEX_FILE, check_weights
@@ -98,9 +98,9 @@ def _load_folder(path: Path, task: str | None, origin: dict[str, str]) -> Checkp
     table = check_weights(root)
     config = folder.read_config(root)
     chosen = choose_task(config, path, task)
-    model: Any = load_model(
-        root, config, chosen, Stored(len(table.names), table.elements), trust_remote_code=False
-    )
+    stored = Stored(len(table.names), table.elements)
+    with disk.as_float32(root, table) as weights:
+        model: Any = load_model(weights, config, chosen, stored, trust_remote_code=False)
     tokenizer, processor, length = None, None, None
     if FAMILIES[chosen] == "vision" or (FAMILIES[chosen] == "encoder-decoder" and _reads_images(model)):
         processor = vision.load_processor(root)
@@ -138,6 +138,7 @@ def _load_gguf(path: Path, task: str | None, origin: dict[str, str]) -> Checkpoi
         model: Any = load_model(
             path.parent, config, chosen, header.stored, **gguf_reader.loading_options(path)
         )
+        disk.settle(model, header.stored.elements)
         rows = model.get_input_embeddings().num_embeddings
         tokenizer = text.load_tokenizer(path.parent, rows, gguf_file=path.name)
     if chosen == "text-generation":

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-_QuotaReader = Callable[[Path], "float | None"]
+FigureOf = Callable[[Path], "float | None"]  # of a cgroup's folder
 
 
 def usable_threads(root: str | Path = "/") -> int:
@@ -36,25 +36,30 @@ def cpu_quota(root: str | Path = "/") -> float | None:
 
     ``root`` is where ``proc/self/cgroup`` and ``sys/fs/cgroup`` are looked up, so that tests can fake them.
     """
+    return min(cgroup_figures(root, "cpu", _quota_v2, _quota_v1), default=None)
+
+
+def cgroup_figures(root: str | Path, controller: str, v2: FigureOf, v1: FigureOf) -> list[float]:
+    """What ``v2`` or ``v1`` finds in the folders of this process's cgroup and its parents."""
     base = Path(root)
-    quotas: list[float] = []
+    found: list[float] = []
     for line in _read(base / "proc/self/cgroup").splitlines():
         hierarchy, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         mounts = base / "sys/fs/cgroup"
         if hierarchy == "0" and not controllers:
-            quotas += _along(mounts, group, _quota_v2)
-        elif "cpu" in controllers.split(","):
-            for mount in (mounts / controllers, mounts / "cpu"):
-                quotas += _along(mount, group, _quota_v1)
-    return min(quotas, default=None)
+            found += _along(mounts, group, v2)
+        elif controller in controllers.split(","):
+            for mount in (mounts / controllers, mounts / controller):
+                found += _along(mount, group, v1)
+    return found
 
 
-def _along(mount: Path, group: str, quota_of: _QuotaReader) -> list[float]:
-    """Quotas of a group and all its parents. In a container the group's own path may not be mounted."""
+def _along(mount: Path, group: str, figure_of: FigureOf) -> list[float]:
+    """Figures of a group and all its parents. In a container the group's own path may not be mounted."""
     path = PurePosixPath("/") / group.lstrip("/")
     folders = [mount / str(step).lstrip("/") for step in (path, *path.parents)]
-    return [quota for folder in folders if (quota := quota_of(folder)) is not None]
+    return [figure for folder in folders if (figure := figure_of(folder)) is not None]
 
 
 def _quota_v2(folder: Path) -> float | None:

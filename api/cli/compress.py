@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gemini.cli.output import columns_of_text, recovery_line, results_table, tuning_line
+from gemini.cli.output import columns_of_text, memory_line, recovery_line, results_table, tuning_line
 from gemini.errors import UsageError
 
 HELP = "Compress a checkpoint into a bundle, with the accuracy it lost and the report that shows it."
@@ -93,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the blocks that cost about as much accuracy as the recipe's, take those that this machine "
         "multiplies fastest with; the recipe's own, a choice for all processors, is recorded beside them",
     )
+    parser.add_argument(
+        "--memory",
+        metavar="GB",
+        type=float,
+        help="what may be held in memory; weights that would not fit are read from files beside DIR, twice 4 "
+        "bytes a weight, which changes nothing but the time (default: what the machine has to spare)",
+    )
     parser.add_argument("--force", action="store_true", help="replace a bundle that already lies at DIR")
     search = parser.add_argument_group("search")
     search.add_argument(
@@ -141,7 +148,7 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"{other} says what to make, --search looks for it.", "Leave one of them out.")
     if args.tune:
         raise UsageError("--tune is not part of a search.", "Leave it out, and compress the winner with it.")
-    if other := _given(args, ("recover", "teacher", "learn", "kv_cache")):
+    if other := _given(args, ("recover", "teacher", "learn", "kv_cache", "memory")):
         raise UsageError(
             f"{other} is not part of a search.", "Leave it out, and compress the winner again with it."
         )
@@ -195,6 +202,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         codes=args.learn != "scales",
         kv_cache=args.kv_cache,
         tune=args.tune,
+        memory=args.memory,
         force=args.force,
         progress=True,
     )
@@ -207,5 +215,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         print(f"\ntuned   {tuning_line(tuning)}")
     if learned := report["recovery"]:
         print(f"\nlearned {recovery_line(learned)}")
+    if report["memory"]["weights_on_disk"]:
+        print(f"\nmemory  {memory_line(report['memory'])}")
     print(f"\nbundle  {args.output}\nreport  {Path(args.output) / 'report.html'}")
     return report

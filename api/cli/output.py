@@ -37,6 +37,12 @@ def tuning_line(tuning: Mapping[str, Any]) -> str:
     return f"{chosen}, {times[chosen]} of products a token, instead of {own}, {times[own]}"
 
 
+def memory_line(memory: Mapping[str, Any]) -> str:
+    """Why weights were read from files, from the report's entry."""
+    needed, limit = memory["needed_mb"] / 1e3, memory["limit_mb"] / 1e3
+    return f"about {needed:.1f} GB with all weights in memory, {limit:.1f} may be held: read from files"
+
+
 def columns_of_text(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells under a heading line; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

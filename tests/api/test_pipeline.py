@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gemini import cli, pipeline
 from gemini.benchmarks.text import default_text
 from gemini.errors import BundleError, GateError
+from gemini.model import disk
 from gemini.runtime import load
 from gemini.runtime.options import GenerationOptions
 
@@ -104,6 +105,46 @@ def test_same_recipe_twice_gives_the_same_graph_and_weights(folder, bundle, tmp_
     pipeline.compress_model(str(folder), tmp_path / "b", "int4", progress=False)
     for name in ("decoder.onnx", "decoder.onnx.data", "tokenizer.json"):
         assert (path / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def half(folder, tmp_path_factory) -> Path:
+    """The same model in bfloat16, as most checkpoints are published."""
+    path = tmp_path_factory.mktemp("half") / "model"
+    LlamaForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(path)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8", "int4-gptq"])
+def test_weights_in_files_give_the_same_bundle(half, monkeypatch, tmp_path, recipe):
+    monkeypatch.setattr(disk, "_SMALLEST", 1)
+    made = []
+    monkeypatch.setattr(disk, "_forget", lambda path: made.append(path) or path.unlink())
+    for name, memory in (("plain", None), ("spared", disk.WORKING / 1e9)):
+        report = pipeline.compress_model(str(half), tmp_path / name, recipe, memory=memory, progress=False)
+        assert report["memory"]["weights_on_disk"] is (memory is not None)
+        assert bool(made) is (memory is not None)
+    assert len(made) > len(list(LlamaForCausalLM.from_pretrained(half).parameters()))  # dense copies as well
+    for name in ("decoder.onnx", "decoder.onnx.data"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "spared" / name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain", "spared"]
+
+
+def test_a_disk_too_small_for_the_weights(half, monkeypatch, tmp_path, capsys):
+    def full(_source, _target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "_write_float32", full)
+    assert cli.main(["compress", str(half), "--output", str(tmp_path / "b"), "--memory", "1.5"]) == 2
+    assert "is full" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_that_no_model_fits_into(half, tmp_path, capsys):
+    assert cli.main(["compress", str(half), "--output", str(tmp_path / "b"), "--memory", "0.5"]) == 2
+    assert "too little memory" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_gate_sets_a_bad_bundle_aside_and_keeps_the_old_one(folder, monkeypatch, tmp_path):
