@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gemini.runtime.bundle import Bundle, hashed_meanwhile
 from gemini.runtime.encoder import Embedder, TextClassifier
+from gemini.runtime.hugepages import trim_heap
 from gemini.runtime.seq2seq import Seq2SeqGenerator
 from gemini.runtime.session import open_graph
 from gemini.runtime.text import TextGenerator
@@ -44,18 +45,23 @@ def load(
         manifest = opened.manifest
         tokenizer = None if manifest.family == "vision" else reading.submit(_tokenizer_soon, opened)
         graphs = {name: open_graph(opened, name, device, threads, spinning) for name in manifest.graphs}
-        if tokenizer is None:
+        words = tokenizer.result() if tokenizer else None
+        trim_heap()
+        if words is None:
             return ImageClassifier(opened, graphs["vision"])
         if manifest.family == "encoder-decoder":
-            return Seq2SeqGenerator(opened, graphs, tokenizer.result())
-        return _OF_TEXT[manifest.task](opened, graphs[manifest.family], tokenizer.result())
+            return Seq2SeqGenerator(opened, graphs, words)
+        return _OF_TEXT[manifest.task](opened, graphs[manifest.family], words)
 
 
 def _tokenizer_soon(bundle: Bundle) -> TextTokenizer:
     """The tokenizer, once onnxruntime is at work.
 
     Its parser keeps the interpreter's lock for as long as it takes. If it began first, opening a graph would
-    have to wait for it: 0.2 s with 49 thousand tokens.
+    have to wait for it: 0.2 s with 49 thousand tokens. What it has no use for afterwards goes back before
+    weights are packed.
     """
     time.sleep(_LEAD)
-    return TextTokenizer.read(bundle)
+    tokenizer = TextTokenizer.read(bundle)
+    trim_heap()
+    return tokenizer

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gemini.runtime import hugepages
-from gemini.runtime.hugepages import PAGE, aligned_ranges, use_huge_pages, use_huge_pages_soon
+from gemini.runtime.hugepages import (
+    PAGE,
+    aligned_ranges,
+    filled_ranges,
+    trim_heap,
+    use_huge_pages,
+    use_huge_pages_soon,
+)
 
 _MAPS = """\
 00400000-00c00000 r-xp 00000000 fe:01 1234                       /usr/bin/python3
@@ -26,6 +35,54 @@ def test_only_whole_pages_of_large_anonymous_writable_mappings() -> None:
     assert aligned_ranges(_MAPS, 2 * PAGE) == [(0x10200000, 6 * PAGE), (0x20000000, 2 * PAGE)]
     assert aligned_ranges(_MAPS, 4 * PAGE) == [(0x10200000, 6 * PAGE)]
     assert aligned_ranges(["", "not a mapping"], 0) == []
+
+
+def test_only_pages_that_are_mostly_there() -> None:
+    many = PAGE // mmap.PAGESIZE
+    full, other_bits = b"\x01" * many, b"\x03" * many
+    most = b"\x01" * (many * 7 // 8) + b"\x00" * (many // 8)
+    less = b"\x01" * (many * 7 // 8 - 1) + b"\xfe" * (many // 8 + 1)
+    there = full + most + less + other_bits + bytes(many)
+    assert filled_ranges(0x200000, there) == [(0x200000, 2 * PAGE), (0x200000 + 3 * PAGE, PAGE)]
+    assert filled_ranges(0, b"") == []
+
+
+def resident(array: np.ndarray) -> int:
+    """Bytes of the mapping around an array that are in memory, as /proc/self/smaps counts them."""
+    inside, address = False, array.ctypes.data
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and len(rest) > 3:
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "Rss:":
+            return int(rest[0]) * 1024
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="transparent huge pages are Linux's")
+def test_memory_that_nobody_has_touched_stays_away() -> None:
+    empty = np.zeros(32 * PAGE, np.uint8)  # from calloc: no page of it is there yet
+    before = resident(empty)
+    assert before < 2 * PAGE
+    use_huge_pages()
+    assert resident(empty) <= before + mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives memory back when asked")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    # In pieces below the size that malloc maps one by one, with others between that stay.
+    pieces = [bytearray(100_000) for _ in range(400)]
+    kept = pieces[::2]
+    held = resident_of_process()
+    del pieces[1::2]
+    trim_heap()
+    assert all(piece == bytes(100_000) for piece in kept)
+    assert held - resident_of_process() > 10_000_000
+
+
+def resident_of_process() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="transparent huge pages are Linux's")
@@ -50,3 +107,9 @@ def test_it_may_happen_while_memory_is_written_and_freed() -> None:
 def test_a_system_without_the_call_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hugepages.sys, "platform", "darwin")
     assert use_huge_pages() == 0
+
+    def without_trim(_name: None) -> object:
+        return object()
+
+    monkeypatch.setattr(hugepages.ctypes, "CDLL", without_trim)
+    assert trim_heap() is False
