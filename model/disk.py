@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from gemini.errors import UsageError
 from gemini.model.safetensors_check import INDEX_FILE, TensorTable, read_header
@@ -123,8 +124,8 @@ def as_float32(root: Path, table: TensorTable) -> Iterator[Path]:
 
 
 def _is_float32(table: TensorTable) -> bool:
-    entries = (entry for path in table.files for entry in read_header(path).values())
-    return all(entry["dtype"] == "F32" for entry in entries)
+    dtypes = {entry["dtype"] for path in table.files for entry in read_header(path).values()}
+    return not (dtypes & _FLOAT_BYTES.keys()) - {"F32"}
 
 
 def settle(model: nn.Module, elements: int) -> None:
@@ -155,7 +156,7 @@ def _write_float32(source: Path, target: Path) -> None:
     described += b" " * (-len(described) % 8)  # so that float32 data begin at a multiple of 8
     with safe_open(source, framework="pt") as tensors, target.open("wb") as file:
         file.write(len(described).to_bytes(8, "little") + described)
-        for name in names:
+        for name in tqdm(names, desc="to float32", unit="tensor", delay=2, leave=False, disable=None):
             tensor = tensors.get_tensor(name)
             (tensor.float() if tensor.is_floating_point() else tensor).numpy().tofile(file)
 
