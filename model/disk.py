@@ -19,14 +19,15 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from gemini.errors import UsageError
 from gemini.model.safetensors_check import INDEX_FILE, TensorTable, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # What compressing takes beside weights: the libraries, a batch's activations, the statistics of a block.
 WORKING = 1_500_000_000
@@ -93,6 +94,8 @@ def kept(tensor: Tensor) -> Tensor:
         # Written before it is mapped: on a full disk a write fails, touching a mapped page would kill.
         tensor.detach().contiguous().numpy().tofile(file)
         path = Path(file.name)
+    import torch
+
     mapped = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype)
     _forget(path)
     return mapped.view(tensor.shape)

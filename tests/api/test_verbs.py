@@ -251,21 +251,25 @@ def test_compress_passes_its_options_on_and_prints_the_table(monkeypatch, capsys
         table = [{"name": "fp32", "size_mb": 4.0, "perplexity": 2.0}]
         blocks = {"name": "4-bit blocks of 32"}
         tuning = {"portable": blocks, "chosen": blocks, "candidates": [{**blocks, "ms_per_token": 2.5}]}
-        return {"table": table, "plan": None, "recovery": None, "tuning": tuning if options["tune"] else None}
+        memory = {"limit_mb": 2000, "needed_mb": 4400, "weights_on_disk": options["memory"] is not None}
+        tuned = tuning if options["tune"] else None
+        return {"table": table, "plan": None, "recovery": None, "tuning": tuned, "memory": memory}
 
     install_pipeline(monkeypatch, compress_model)
     output = str(tmp_path / "out")
     arguments = ["compress", "model", "--output", output, "--recipe", "int4", "--max-drop", "5", "--force"]
-    assert main([*arguments, "--tune"]) == 0
+    assert main([*arguments, "--tune", "--memory", "2"]) == 0
     out = capsys.readouterr().out
     assert "Perplexity" in out
     assert "report.html" in out
     ((positional, options),) = calls
     assert positional == ("model", output, "int4")
     assert options["tune"] is True
+    assert options["memory"] == 2.0
     assert options["max_drop"] == 5.0
     assert options["force"] is True
     assert "4-bit blocks of 32 stay, 2.50 ms" in out
+    assert "about 4.4 GB with all weights in memory, 2.0 may be held" in out
     assert result_of(capsys, *arguments)["table"][0]["name"] == "fp32"
 
 
