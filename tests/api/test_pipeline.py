@@ -116,7 +116,7 @@ def half(folder, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int8", "int4-gptq"])
+@pytest.mark.parametrize("recipe", ["int4", "int8"])
 def test_weights_in_files_give_the_same_bundle(half, monkeypatch, tmp_path, recipe):
     monkeypatch.setattr(disk, "_SMALLEST", 1)
     made = []
