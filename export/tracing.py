@@ -4,10 +4,13 @@ optimised."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
+import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -24,7 +27,7 @@ def trace(graph: Graph, opset: int = LOWEST_OPSET) -> ir.Model:
     """Trace a graph once; raises whatever torch.export or the converter raise."""
     with torch.no_grad(), _quiet():
         program = _exported(graph)
-        _unify_casts(program)
+        _respell(program.graph)
         try:
             with _without_decomposition():
                 model = _converted(program, graph, opset)
@@ -36,25 +39,45 @@ def trace(graph: Graph, opset: int = LOWEST_OPSET) -> ir.Model:
 
 
 def _converted(program: torch.export.ExportedProgram, graph: Graph, opset: int) -> ir.Model:
-    converted = torch.onnx.export(
-        program,
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-        opset_version=opset,
-        input_names=graph.input_names,
-        output_names=graph.output_names,
-    )
+    with _kept_registry():
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
+            input_names=graph.input_names,
+            output_names=graph.output_names,
+        )
     assert converted is not None
     return converted.model
 
 
-def _unify_casts(program: torch.export.ExportedProgram) -> None:
-    """Every spelling of ``x.to(...)`` as the one operator that the converter has a rule for."""
-    for node in program.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "overloadpacket", None) is torch.ops.aten.to:
-            node.target = torch.ops.aten._to_copy.default
+def _respell(graph: torch.fx.Graph) -> None:
+    """Operators that the converter has no rule for as others that say the same.
+
+    One of them would be enough to have the whole program decomposed.
+    """
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        packet = getattr(node.target, "overloadpacket", None) if node.op == "call_function" else None
+        if packet is aten.to:
+            node.target = aten._to_copy.default
             node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
+        elif packet in (aten.detach, aten.detach_, aten.lift_fresh_copy):  # of constants made while it runs
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif packet is aten.rsub and not node.args[2:] and not node.kwargs:
+            node.target = aten.sub.Tensor
+            node.args = (node.args[1], node.args[0])
+        elif node.target is aten.batch_norm.default and not node.args[5]:  # of a model that does not learn
+            *tensors, _training, momentum, epsilon, _cudnn = node.args
+            with graph.inserting_before(node):
+                whole = graph.call_function(
+                    aten._native_batch_norm_legit_no_training.default, (*tensors, momentum, epsilon)
+                )
+                whole.meta["val"] = (node.meta["val"], None, None)
+            node.target, node.args = operator.getitem, (whole, 0)
 
 
 @contextlib.contextmanager
@@ -72,6 +95,25 @@ def _without_decomposition() -> Iterator[None]:
         yield
     finally:
         _fx_passes.decompose_with_registry = original
+
+
+@contextlib.contextmanager
+def _kept_registry() -> Iterator[None]:
+    """Rules of the converter from the call before: making them anew takes a second each time."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    original = ONNXRegistry.__dict__["from_torchlib"]
+    make = ONNXRegistry.from_torchlib
+    ONNXRegistry.from_torchlib = staticmethod(lambda opset_version: _rules(make, opset_version))
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = original
+
+
+@functools.cache
+def _rules(make: Callable[[int], Any], opset: int) -> Any:
+    return make(opset)
 
 
 def _exported(graph: Graph) -> torch.export.ExportedProgram:
