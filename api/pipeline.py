@@ -91,7 +91,7 @@ def compress_model(
         raise UsageError(f"The cache cannot be {kv_cache}.", "Use int8, or leave it out.")
     evaluation = _evaluation_text(eval_text)
     given = _calibration_source(calibration) if calibration else None
-    limit = memory_limit(memory)
+    limit = _memory_limit(memory)
     if teacher and recover is None:
         raise UsageError("A teacher is named and nothing is to learn.", "Add --recover MINUTES.")
     with (
@@ -204,7 +204,7 @@ def compress_model(
     return json.loads(json.dumps(to_plain({**report, "bundle": str(output)})))
 
 
-def memory_limit(asked: float | None) -> float | None:
+def _memory_limit(asked: float | None) -> float | None:
     """Bytes that may be held: ``asked`` GB, else what the machine has to spare; None if it does not say."""
     if asked is not None:
         return asked * 1e9

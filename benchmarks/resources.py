@@ -12,12 +12,9 @@ from gemini.runtime.threads import cgroup_figures
 
 def peak_rss_mb() -> float:
     """Peak resident memory of this process so far, MB (10^6 bytes)."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
+    kilobytes = _fields(Path("/proc/self/status")).get("VmHWM:")
+    if kilobytes is not None:
+        return kilobytes * 1024 / 1e6
     import resource  # not on Windows; ru_maxrss also counts what was resident before exec, so it comes second
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 WORKING = 1_500_000_000
 # Float32 weights that are there at once: the model's own, and those of a quantized one that is run in torch.
 _COPIES = 2
-_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
 _BESIDE = ("config.json", "generation_config.json", INDEX_FILE)
 _SMALLEST = 1 << 20  # bytes; a file of its own costs a page and a mapping
 
@@ -109,7 +110,7 @@ def as_float32(root: Path, table: TensorTable) -> Iterator[Path]:
     configuration beside them; once the block ends only what has been mapped of them remains.
     """
     room = _ROOM.get()
-    if room is None or room.fits(table.elements) or _is_float32(table):
+    if room is None or room.fits(table.elements) or not (table.dtypes & _FLOATS) - {"F32"}:
         yield root
         return
     folder = Path(tempfile.mkdtemp(dir=room.folder))
@@ -124,11 +125,6 @@ def as_float32(root: Path, table: TensorTable) -> Iterator[Path]:
     finally:
         for copy in copies:
             _forget(copy)
-
-
-def _is_float32(table: TensorTable) -> bool:
-    dtypes = {entry["dtype"] for path in table.files for entry in read_header(path).values()}
-    return not (dtypes & _FLOAT_BYTES.keys()) - {"F32"}
 
 
 def settle(model: nn.Module, elements: int) -> None:
@@ -149,11 +145,10 @@ def _write_float32(source: Path, target: Path) -> None:
     position = 0
     for name in names:
         begin, end = header[name]["data_offsets"]
-        dtype = header[name]["dtype"]
-        size = end - begin
-        if dtype in _FLOAT_BYTES:
-            dtype, size = "F32", 4 * size // _FLOAT_BYTES[dtype]
-        entries[name] = {**header[name], "dtype": dtype, "data_offsets": [position, position + size]}
+        entry, size = header[name], end - begin
+        if entry["dtype"] in _FLOATS:
+            entry, size = {**entry, "dtype": "F32"}, 4 * math.prod(entry["shape"])
+        entries[name] = {**entry, "data_offsets": [position, position + size]}
         position += size
     described = json.dumps(entries).encode()
     described += b" " * (-len(described) % 8)  # so that float32 data begin at a multiple of 8

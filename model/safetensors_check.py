@@ -27,10 +27,11 @@ _REMEDY = "Copy or download the file again."
 
 @dataclass(frozen=True)
 class TensorTable:
-    """What the checked files hold: their paths, the tensor names, and the number of elements in all."""
+    """What the checked files hold: their paths, the tensor names and types, the number of elements in all."""
 
     files: tuple[Path, ...]
     names: frozenset[str]
+    dtypes: frozenset[str]
     elements: int
 
 
@@ -147,6 +148,7 @@ def _merge(tables: list[tuple[Path, dict[str, dict[str, Any]]]]) -> TensorTable:
     return TensorTable(
         files=tuple(path for path, _ in tables),
         names=frozenset(name for _, header in tables for name in header),
+        dtypes=frozenset(entry["dtype"] for _, header in tables for entry in header.values()),
         elements=sum(math.prod(entry["shape"]) for _, header in tables for entry in header.values()),
     )
 
