@@ -18,6 +18,7 @@ from typing import Any
 
 from gemini.compress.apply import select_mixed
 from gemini.compress.calibrate import Window
+from gemini.compress.experts import open_experts
 from gemini.compress.plan import Plan, plan_formats, scan_formats
 from gemini.compress.recipe import Recipe
 from gemini.compress.specs import QuantizeMixed
@@ -55,6 +56,7 @@ class Planner:
         model = checkpoint.model
         self.target = target
         spec = QuantizeMixed()
+        open_experts(model)
         selection = select_mixed(model, spec)
         self.scan = scan_formats(model, selection, windows, gptq=spec.gptq, progress=progress)
         if not self.scan.choices:

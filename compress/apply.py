@@ -19,6 +19,7 @@ from gemini.compress.awq import Group, fold_awq, fold_divisors, fold_smoothing
 from gemini.compress.cache import quantize_cache
 from gemini.compress.calibrate import Window, collect_input_moments
 from gemini.compress.dense import dense_weights
+from gemini.compress.experts import PackedStack, StackedLinear, open_experts, pairs
 from gemini.compress.fold import fold_batch_norms
 from gemini.compress.layers import (
     Bnb4,
@@ -90,17 +91,21 @@ def quantize_int8(
     )
     linear = Integers(8, per_block.size) if per_block else Channels()
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
+    stacks = [n for n in selection.linears if isinstance(model.get_submodule(n), StackedLinear)]
+    formats |= dict.fromkeys(stacks, Integers(8, PerBlock().size))  # their operator rounds in blocks alone
     divisors: dict[str, Tensor] = {}
     folds: list[Group] = []
     if spec.smoothing and windows and not per_block:
-        divisors = smoothing_divisors(model, windows, selection.linears, spec.smoothing, progress)
+        plain = [name for name in selection.linears if name not in stacks]
+        divisors = smoothing_divisors(model, windows, plain, spec.smoothing, progress)
         divisors, folds = fold_divisors(model, windows, divisors)
     if spec.block_smoothing and windows and per_block:
         folds = fold_smoothing(model, windows, selection.linears, spec.block_smoothing, progress)
     codes: dict[str, Codes] = {}
     ends: dict[str, tuple[Codes, Codes]] = {}
     if spec.static:
-        codes = input_codes(model, windows, selection.linears, spec.activations, divisors, progress)
+        plain = [name for name in selection.linears if name not in stacks]
+        codes = input_codes(model, windows, plain, spec.activations, divisors, progress)
         filters = [name for name in selection.convolutions if has_integer_operator(model.get_submodule(name))]
         ends = convolution_codes(model, windows, filters, spec.activations, progress)
     report = _edit(
@@ -158,6 +163,10 @@ def quantize_mixed(
         scan = scan_formats(model, selection, windows, gptq=spec.gptq, progress=progress)
         chosen = plan_formats(scan, target_bpw=spec.target_bpw).formats
     formats: dict[str, Format] = {name: FORMATS[chosen[name]] for name in selection.linears if name in chosen}
+    for pair in pairs(model):
+        own = [FORMATS[chosen[name]] for name in pair if name in chosen]
+        if own:  # a recipe may name one, or two that differ
+            formats |= dict.fromkeys(pair, max(own, key=lambda form: (form.bits, -form.block_size)))
     kept = [
         Skipped(name, "the recipe names no format for it") for name in selection.linears if name not in chosen
     ]
@@ -184,7 +193,8 @@ def quantize_nf4(
 ) -> PassReport:
     """bitsandbytes NF4 linears; embedding and head in integer blocks, which have a gather operator."""
     size = PerBlock().size
-    selection = select_layers(model, 1, spec.skip, None if spec.embedding_bits == 32 else size)
+    ends = None if spec.embedding_bits == 32 else size
+    selection = select_layers(model, 1, spec.skip, ends, experts=False)
     formats: dict[str, Format] = dict.fromkeys(selection.linears, Bnb4(spec.block_size))
     return _edit(model, spec, selection, formats, Integers(spec.embedding_bits, size), progress)
 
@@ -204,13 +214,16 @@ def run_recipe(
 ) -> list[PassReport]:
     """Apply the passes in order to ``checkpoint.model``, in place, and report on each.
 
-    Batch norms are folded into their convolutions first, so that what is quantized is what will run.
+    Batch norms are folded into their convolutions first, so that what is quantized is what will run, and
+    stacks of experts become layers that passes can see (`gemini.compress.experts`).
 
     ``calibration``: int64 token windows (1, S), or mappings of model inputs to arrays; without it the int4
     fit weighs all input features alike. RecipeError if a pass finds nothing to change.
     """
     reports = []
     folded = fold_batch_norms(checkpoint.model) if recipe.specs else []
+    if recipe.specs:
+        open_experts(checkpoint.model)
     for spec in recipe.specs:
         start = time.perf_counter()
         spec = settled(spec, checkpoint.family)
@@ -279,6 +292,8 @@ def _edit(
     if sensitive_share:
         pack(formats)
         wide = most_sensitive([report for _, report in packed.values()], sensitive_share)
+        alone = {name for pair in pairs(model) for name in pair if not set(pair) <= set(wide)}
+        wide = [name for name in wide if name not in alone]
         formats = {**formats, **dict.fromkeys(wide, Integers(8, table.block_size))}
         pack(wide)
     head = selection.head if table.bits == 4 else None
@@ -325,6 +340,8 @@ def _pack(
     old = model.get_submodule(name)
     weight = weight_of(old) if weight is None else weight
     new = make_linear(weight, old.bias, form, importance, made, divisor, input_codes)
+    if isinstance(old, StackedLinear):
+        return PackedStack(new, old.experts), layer_report(name, "experts", weight, new, importance)
     return new, layer_report(name, "linear", weight, new, importance)
 
 

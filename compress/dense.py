@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from gemini.compress.experts import PackedStack
 from gemini.compress.modules import Bnb4Linear, ChannelwiseLinear, QuantizedLinear
 from gemini.model.disk import kept
 
@@ -38,6 +39,8 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
 
 def dense(layer: nn.Module) -> nn.Module:
     """A float32 layer with the dequantized weight of a packed one; any other as it is."""
+    if isinstance(layer, PackedStack):
+        return PackedStack(dense(layer.layer), layer.experts)
     if not isinstance(layer, PACKED):
         return layer
     with torch.device("meta"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from gemini.compress.allocate import Choice, allocate
 from gemini.compress.calibrate import Window, collect_input_moments
+from gemini.compress.experts import pairs
 from gemini.compress.layers import Integers, Split, quantized
 from gemini.compress.select import Selection, weight_of
 from gemini.compress.sensitivity import divergence, expected_losses, output_fisher, predict
@@ -50,10 +51,14 @@ User = tuple[Tensor | None, Tensor | None]  # of a weight: F of its outputs, E[x
 
 @dataclass(frozen=True)
 class Scan:
-    """Bytes and expected loss of every format for every layer, the table under its embedding's name."""
+    """Bytes and expected loss of every format for every layer, the table under its embedding's name.
+
+    The two products of experts have one choice, under the name of the first.
+    """
 
     choices: Mapping[str, Sequence[Choice[str]]]
     parameters: int
+    with_others: Mapping[str, str] = field(default_factory=dict)  # layers that have the format of another
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,11 @@ def scan_formats(
             parameters += copies * table.numel()
             measured(smallest, ends[:1], GPTQ_LEAVES if gptq else 1.0)
             bar.update(len(ends))
-    return Scan(choices, parameters)
+    followers = {second: first for first, second in pairs(model) if second in choices}
+    for second, first in followers.items():
+        both = zip(choices[first], choices.pop(second), strict=True)
+        choices[first] = [replace(a, bytes=a.bytes + b.bytes, loss=a.loss + b.loss) for a, b in both]
+    return Scan(choices, parameters, followers)
 
 
 def plan_formats(scan: Scan, *, target_bpw: float | None = None, loss: float = 0.0) -> Plan:
@@ -145,8 +154,9 @@ def plan_formats(scan: Scan, *, target_bpw: float | None = None, loss: float = 0
             f"{target_bpw:.3g} bits a weight are too few: {error}.", "Allow more bits or a larger bundle."
         ) from error
     size = sum(choice.bytes for choice in chosen.values())
+    formats = {name: choice.format for name, choice in chosen.items()}
     return Plan(
-        formats={name: choice.format for name, choice in chosen.items()},
+        formats=formats | {name: formats[other] for name, other in scan.with_others.items()},
         bytes=size,
         expected_loss=sum(choice.loss for choice in chosen.values()),
         bits_per_weight=8 * size / scan.parameters,

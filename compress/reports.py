@@ -24,7 +24,7 @@ class LayerReport:
     """
 
     name: str
-    kind: str  # "linear" | "embedding" | "head" | "tied head" | "convolution" | "cache"
+    kind: str  # "linear" | "experts" | "embedding" | "head" | "tied head" | "convolution" | "cache"
     bits: int
     block_size: int | None  # None: one scale per output channel
     symmetric: bool

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gemini.compress.experts import StackedLinear, pairs
+
 # Below these sizes the scales and the extra node cost more than the smaller weight saves.
 MIN_WEIGHTS = 1024
 MIN_OUTPUTS = 8
+SMALLEST_BLOCK = 16  # of the operator over quantized experts
 _PROBE_ROWS = 64
 
 
@@ -48,11 +51,13 @@ def select_layers(
     skip: tuple[str, ...],
     table_block_size: int | None,
     convolutions: bool = False,
+    experts: bool = True,
 ) -> Selection:
     """Sort the layers of ``model`` into linears, convolutions, token embedding, head and skipped ones.
 
     ``block_size`` of the linears, ``table_block_size`` of token embedding and head (None: they stay fp32),
-    ``skip`` glob patterns over module names, ``convolutions`` whether the pass has a format for those.
+    ``skip`` glob patterns over module names, ``convolutions`` and ``experts`` whether the pass has a format
+    for those.
     """
     names = {module: name for name, module in model.named_modules()}
     embedding, head = _embedding_of(model), _head_of(model)
@@ -73,6 +78,8 @@ def select_layers(
             reason = f"its weight is shared with {names[shared[module]]}"
         elif module in routers:
             reason = "it routes tokens to experts"
+        elif isinstance(module, StackedLinear) and not experts:
+            reason = "no operator takes experts in this format"
         else:
             reason = None
         if convolutions and type(module) is nn.Conv2d:
@@ -94,6 +101,11 @@ def select_layers(
             ends[module] = name
         else:
             linears.append(name)
+    for pair in pairs(model):
+        chosen = [name for name in pair if name in linears]
+        if len(chosen) == 1:
+            linears.remove(chosen[0])
+            skipped.append(Skipped(chosen[0], "the other product of these experts stays fp32"))
     users = {module for module in one_table if module is not None}
     if not users <= set(ends):  # one of them must stay float, so the table stays and all use it
         for module in users & set(ends):
@@ -164,6 +176,9 @@ def embedding_scale(module: nn.Embedding) -> float | None:
 
 
 def _linear_reason(module: nn.Module) -> str | None:
+    if isinstance(module, StackedLinear):
+        whole = module.in_features % SMALLEST_BLOCK == 0
+        return None if whole else f"blocks of experts must fill their {module.in_features} inputs"
     base = Conv1D if isinstance(module, Conv1D) else nn.Linear
     if type(module).forward is not base.forward or torch.nn.utils.parametrize.is_parametrized(module):
         return f"{type(module).__name__} computes more than a linear layer"
@@ -265,7 +280,7 @@ def _routers(model: nn.Module) -> set[nn.Module]:
         experts = getattr(parent, "experts", None)
         if not isinstance(experts, nn.Module):
             continue
-        count = len(experts) if isinstance(experts, nn.ModuleList) else 0
+        count = len(experts) if isinstance(experts, nn.ModuleList) else getattr(experts, "count", 0)
         counts = {count} | {p.shape[0] for p in experts.parameters(recurse=False) if p.dim() == 3}
         found |= {m for m in parent.children() if isinstance(m, nn.Linear) and m.out_features in counts}
     return found

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gemini.compress.calibrate import Window, as_feed, shortcut
+from gemini.compress.experts import StackedLinear
 
 
 def output_fisher(
@@ -34,17 +35,19 @@ def output_fisher(
 
     g is the gradient of log p(label) with labels drawn from the model's own predictions, one for every row of
     its logits. A model without logits is taken to predict its last states with a unit normal distribution
-    around them. A layer that no window reaches, or that the outputs do not depend on, is absent.
+    around them. A layer that no window reaches, or that the outputs do not depend on, is absent. An output of
+    one of several experts has what its rows add to the mean over the rows of all.
     """
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    outputs: dict[str, list[tuple[Tensor, list[int]]]] = {name: [] for name in names}
 
     def keep(name: str) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             # A leaf of its own, so that weights need no gradient and earlier layers are still reached.
             tracked = output if output.requires_grad else output.detach().requires_grad_()
-            outputs[name].append(tracked)
+            rows = output[..., 0].numel()
+            outputs[name].append((tracked, args[1] if isinstance(module, StackedLinear) else [rows]))
             return tracked
 
         return hook
@@ -58,12 +61,13 @@ def output_fisher(
         ):
             with torch.enable_grad():
                 score = _log_probability(model(**as_feed(window), **options), generator)
-                called = [(name, each) for name, made in outputs.items() for each in made]
-                found = torch.autograd.grad(score, [each for _, each in called], allow_unused=True)
-            for (name, _), gradient in zip(called, found, strict=True):
+                called = [(name, *each) for name, made in outputs.items() for each in made]
+                found = torch.autograd.grad(score, [each for _, each, _ in called], allow_unused=True)
+            for (name, _, experts), gradient in zip(called, found, strict=True):
                 if gradient is not None:
                     rows = gradient.reshape(-1, gradient.shape[-1])
-                    square = rows.square().sum(0, dtype=torch.float64)
+                    parts = rows.square().split(experts)
+                    square = torch.cat([part.sum(0, dtype=torch.float64) for part in parts])
                     totals[name] = totals[name] + square if name in totals else square
                     counts[name] = counts.get(name, 0) + len(rows)
             for made in outputs.values():

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from gemini.compress.calibrate import Window, batches, each_input, hush
 from gemini.compress.dense import dense, dense_weights
+from gemini.compress.experts import PackedStack
 from gemini.compress.select import weight_of
 from gemini.compress.stream import Call, Moment, find_stacks, record_calls, second_moment
 from gemini.compress.writers import find_writers, outputs_of, ridge_step, states_behind
@@ -154,7 +155,7 @@ class _BlockRun:
         layer = self.block.get_submodule(first)
         target = self.targets.get(first) if len(layers) == 1 and first not in self.often else None
         weight, bias = weight_of(layer), getattr(layer, "bias", None)
-        cross = torch.zeros(weight.shape, dtype=torch.float64)
+        cross = torch.zeros(weight.shape if target else (), dtype=torch.float64)
         writers = {name: self.block.get_submodule(name) for name in self.targets}
         self.inputs = []
         for window, states in enumerate(self.states):
@@ -191,11 +192,12 @@ class _BlockRun:
 
     def replay(self, layers: Sequence[str]) -> None:
         """Layers of the last turn, replaced by now, put out from here on what they make of what it saw. Those
-        that are not called once a run compute, but unpack their weights no more."""
+        that are not called once a run, or with more than their input, compute, but unpack their weights no
+        more."""
         for name in layers:
             layer = self.block.get_submodule(name)
             plain = dense(layer)
-            if name in self.often:
+            if name in self.often or isinstance(layer, PackedStack):
                 self.plain[layer] = plain
                 continue
             with torch.no_grad():

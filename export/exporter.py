@@ -26,7 +26,7 @@ from gemini.export.graph_file import write_graph, write_weights
 from gemini.export.lint import refuse_slow
 from gemini.export.operators import check_operators
 from gemini.export.trace_state import FormMismatch, tracing
-from gemini.export.tracing import LOWEST_OPSET, trace
+from gemini.export.tracing import LOWEST_OPSET, NotConverted, trace
 from gemini.export.twins.attention import OPSET as ATTENTION_OPSET
 from gemini.export.twins.norm import OPSET as NORM_OPSET
 from gemini.export.twins.rotary import LONGEST_TABLE
@@ -85,8 +85,9 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path, progress: bool = Tru
             refused.append(f"{form}: {_first_line(error)}")
         for leftover in folder.glob("*.onnx*"):
             leftover.unlink()
+    last = refused[-1].partition(": ")[2].rstrip(".")
     raise ExportError(
-        f"{type(checkpoint.model).__name__} cannot be exported: {refused[-1].partition(': ')[2]}",
+        f"{type(checkpoint.model).__name__} cannot be exported: {last}.",
         "Rewrite that module without data-dependent control flow, or report the architecture.",
     )
 
@@ -176,6 +177,9 @@ def _traced(checkpoint: Checkpoint, form: Form, caches: Caches) -> tuple[dict[st
                     traced[part.name] = trace(part, opset)
                 except FormMismatch:
                     raise
+                except NotConverted as error:
+                    module = error.module or running.innermost()
+                    raise TraceFailure(f"{module} fails with {_first_line(error.reason)}") from error
                 except Exception as error:  # torch.export and the converter raise dozens of kinds
                     raise TraceFailure(f"{running.innermost()} fails with {_first_line(error)}") from error
         return traced, Counter(twins)

@@ -10,9 +10,17 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 
-from gemini.export.fusions.patterns import first_input, insert, only_user, produced_by, replace
+from gemini.export.fusions.patterns import (
+    CONTRIB,
+    first_input,
+    insert,
+    only_user,
+    produced_by,
+    replace,
+)
 
 FLOAT32 = 1
+_ZERO_POINTS = 11  # the first of the zero points among the inputs of QMoE
 
 
 @contextmanager
@@ -23,8 +31,10 @@ def float_compute(model: ir.Model) -> Iterator[None]:
     DynamicQuantizeMatMul(x, W, s, z)  ->  MatMul(x, DequantizeLinear(W, s, z))
     MatMulIntegerToFloat(QuantizeLinear(x), W, …)  ->  the same
     DequantizeLinear(QLinearConv(QuantizeLinear(x), W, …))  ->  Conv(x, DequantizeLinear(W, s, z))
+    QMoE(accuracy_level=4) of 4 bits  ->  QMoE(accuracy_level=1)
+    QMoE(x, r, W, s, …) of 8 bits  ->  MoE(x, Log(r), GatherBlockQuantized(W, s), …) * sum(r)
     """
-    blockwise = [n for n in model.graph if n.op_type == "MatMulNBits"]
+    blockwise = [n for n in model.graph if n.op_type == "MatMulNBits" or _is_4bit_experts(n)]
     levels = [n.attributes["accuracy_level"].as_int() for n in blockwise]
     for node in blockwise:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FLOAT32)
@@ -51,7 +61,13 @@ def _in_float(node: ir.Node) -> tuple[ir.Value, list[ir.Node]] | None:
         end = only_user(node.outputs[0])
         assert end is not None and end.op_type == "DequantizeLinear", node
         return end.outputs[0], _convolution(node, end.outputs[0])
+    if node.op_type == "QMoE" and not _is_4bit_experts(node):
+        return node.outputs[0], _experts(node)
     return None
+
+
+def _is_4bit_experts(node: ir.Node) -> bool:
+    return node.op_type == "QMoE" and node.attributes["expert_weight_bits"].as_int() == 4
 
 
 def _before_rounding(codes: ir.Value | None) -> ir.Value:
@@ -90,3 +106,37 @@ def _convolution(node: ir.Node, output: ir.Value) -> list[ir.Node]:
     added.append(insert(node, "Conv", inputs, dict(node.attributes), [output]))
     replace(output, added[-1].outputs[0])
     return added
+
+
+def _experts(node: ir.Node) -> list[ir.Node]:
+    """There is no float kernel for 8 bits, so the weights are unpacked: by a look-up of every expert."""
+    x, routed, *products = node.inputs[:8]
+    output, own = node.outputs[0], dict(node.attributes)
+    assert products[0] is not None and products[0].const_value is not None, node
+    count = len(products[0].const_value.numpy())
+    every = insert(node, "Constant", [], {"value_ints": list(range(count))}, [output])
+    added, dense = [every], []
+    unpack = {"bits": 8, "block_size": own["block_size"], "gather_axis": 0, "quantize_axis": 2}
+    for weight, scales, bias, zero_points in (
+        (*products[:3], node.inputs[_ZERO_POINTS]),
+        (*products[3:], node.inputs[_ZERO_POINTS + 1]),
+    ):
+        inputs = [weight, every.outputs[0], scales, zero_points]
+        added.append(insert(node, "GatherBlockQuantized", inputs, unpack, [output], CONTRIB))
+        dense += [added[-1].outputs[0], bias]
+    logarithm = insert(node, "Log", [routed], {}, [output])
+    kept = ("k", "activation_type", "swiglu_fusion", "activation_alpha", "activation_beta", "swiglu_limit")
+    options = {key: own[key] for key in kept if key in own} | {"normalize_routing_weights": 1}
+    mean = insert(node, "MoE", [x, logarithm.outputs[0], *dense], options, [output], CONTRIB)
+    total = insert(node, "ReduceSum", [routed, _last_axis(node, added)], {"keepdims": 1}, [output])
+    added += [logarithm, mean, total]
+    for inner in added:
+        inner.outputs[0].shape, inner.outputs[0].type = None, None
+    added.append(insert(node, "Mul", [mean.outputs[0], total.outputs[0]], {}, [output]))
+    replace(output, added[-1].outputs[0])
+    return added
+
+
+def _last_axis(node: ir.Node, added: list[ir.Node]) -> ir.Value:
+    added.append(insert(node, "Constant", [], {"value_ints": [-1]}, [node.outputs[0]]))
+    return added[-1].outputs[0]

@@ -146,7 +146,7 @@ def cache_layers(checkpoint: Checkpoint) -> list[LayerShape]:
     """Measured on the cache that a real forward fills, not read from the configuration."""
     ids = sample_inputs(checkpoint, batch=1, length=2)["input_ids"]
     with torch.no_grad():
-        cache = checkpoint.model(input_ids=ids, use_cache=True).past_key_values
+        cache = getattr(checkpoint.model(input_ids=ids, use_cache=True), "past_key_values", None)
     layers = getattr(cache, "layers", None)
     if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         raise ExportError(

@@ -33,6 +33,10 @@ def slow_because(node: ir.Node) -> str | None:
     """Why onnxruntime's kernel for this node is slow on a CPU, or None."""
     if node.op_type == "SkipLayerNormalization":
         return "Add and LayerNormalization take half the time"
+    if node.op_type == "QMoE":
+        level = node.attributes.get("accuracy_level")
+        fast = level is not None and level.as_int() == INT8_ACTIVATIONS
+        return None if fast else "without accuracy_level 4 one token takes four times as long"
     if node.op_type != "MatMulNBits":
         return None
     options = {key: node.attributes[key].as_int() for key in node.attributes}

@@ -8,6 +8,7 @@ import functools
 import io
 import logging
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,19 +24,53 @@ from gemini.export.graphs import Graph
 LOWEST_OPSET = 20
 
 
+class NotConverted(Exception):
+    """An operator of torch that has no counterpart: which module uses it (None: unknown) and the reason."""
+
+    def __init__(self, module: str | None, reason: BaseException) -> None:
+        super().__init__(str(reason))
+        self.module, self.reason = module, reason
+
+
 def trace(graph: Graph, opset: int = LOWEST_OPSET) -> ir.Model:
-    """Trace a graph once; raises whatever torch.export or the converter raise."""
+    """Trace a graph once; raises whatever torch.export raises, or NotConverted."""
     with torch.no_grad(), _quiet():
         program = _exported(graph)
         _respell(program.graph)
         try:
             with _without_decomposition():
                 model = _converted(program, graph, opset)
-        except Exception:  # some operator exists only in decomposed form; the converter raises many kinds
-            model = _converted(program, graph, opset)
+        except Exception as error:  # some operator exists only in decomposed form; it raises many kinds
+            module = _module_of(error, program.graph)
+            try:
+                model = _converted(program, graph, opset)
+            except Exception as again:
+                raise NotConverted(module, innermost(again)) from again
     model.producer_name, model.producer_version = "gemini-edge", None
     model.doc_string = None
     return model
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The error that others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _module_of(error: BaseException, graph: torch.fx.Graph) -> str | None:
+    """``layers.3.mlp (LlamaMLP)``: the module with the node that the converter stopped at."""
+    names, cause = set(), error.__cause__
+    while cause is not None:
+        names |= set(re.findall(r"node %(\w+)", str(cause)))
+        cause = cause.__cause__
+    for node in graph.nodes:
+        if node.name in names and node.meta.get("nn_module_stack"):
+            path, kind = list(node.meta["nn_module_stack"].values())[-1]
+            name = kind if isinstance(kind, str) else kind.__name__
+            path = re.sub(r"^(L\['self'\]\.|_export_root\.)?(model\.)?", "", path)
+            return f"{path} ({name.rpartition('.')[2]})"
+    return None
 
 
 def _converted(program: torch.export.ExportedProgram, graph: Graph, opset: int) -> ir.Model:
@@ -78,6 +113,35 @@ def _respell(graph: torch.fx.Graph) -> None:
                 )
                 whole.meta["val"] = (node.meta["val"], None, None)
             node.target, node.args = operator.getitem, (whole, 0)
+        elif packet is not None and packet.__name__.endswith("_") and _is_alone(node.args[0], node):
+            plain = getattr(aten, packet.__name__.removesuffix("_"), None)
+            overload = node.target._overloadname
+            if plain is None or overload not in plain.overloads():
+                continue
+            node.target = getattr(plain, overload)
+            behind = False
+            for user in graph.nodes:
+                if behind and node.args[0] in user.all_input_nodes:
+                    user.replace_input_with(node.args[0], node)
+                behind = behind or user is node
+
+
+def _is_alone(value: Any, writer: torch.fx.Node) -> bool:
+    """Whether nothing else is a view of what ``writer`` overwrites, and it is a view of nothing else."""
+    return (
+        isinstance(value, torch.fx.Node)
+        and value.op == "call_function"
+        and not any(_is_view(node) for node in (value, *value.users) if node is not writer)
+    )
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    """Whether a node may put out memory of one of its inputs."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, torch.fx.Node) and _is_view(source)
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and (schema is None or any(each.alias_info for each in schema.returns))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from gemini.export.twins.operators import CONTRIB, emit, emit_many
 
 NAME = "gemini_edge"
 OPSET = 23  # the first with Attention
+_SINKS = 11  # the place of the sinks among the inputs of GroupQueryAttention
 
 
 def attend(
@@ -28,15 +29,19 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: MaskMeaning | torch.Tensor | None,
+    attention_mask: MaskMeaning | torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (B, H, S, D), key and value (B, H_kv, S, D) float32 -> (B, S, H, D)."""
-    state = current_trace()
-    unsupported = sorted(n for n in ("position_bias", "s_aux", "attention_bias") if other.get(n) is not None)
+    """query (B, H, S, D), key and value (B, H_kv, S, D) float32 -> (B, S, H, D).
+
+    ``s_aux`` (H,): a score for each head that takes part in the softmax and has no value (a sink).
+    """
+    state, mask = current_trace(), attention_mask
+    unsupported = sorted(n for n in ("position_bias", "attention_bias") if other.get(n) is not None)
     if unsupported:
         raise FormMismatch(f"attention with {', '.join(unsupported)}")
     if isinstance(mask, torch.Tensor):
@@ -45,7 +50,9 @@ def attend(
     cache = state.cache
     layer = None if cache is None else cache.take_updated()
     if cache is not None and layer is not None:
-        return _grouped(state, cache, layer, query, key, value, mask, scale, softcap), None
+        return _grouped(state, cache, layer, query, key, value, mask, scale, softcap, s_aux), None
+    if s_aux is not None:
+        raise FormMismatch("attention with sinks and without a cache")
     causal = mask.causal if mask is not None else bool(other.get("is_causal") or False)
     return _multi_head(state, query, key, value, mask, scale, softcap, causal), None
 
@@ -65,6 +72,7 @@ def _grouped(
     mask: MaskMeaning | None,
     scale: float,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, heads, length, dim = query.shape
     if mask is not None and not mask.causal:
@@ -86,6 +94,8 @@ def _grouped(
     if rotary is not None:
         attributes["rotary_interleaved"] = int(rotary.interleaved)
         inputs += [rotary.cos, rotary.sin]
+    if sinks is not None:
+        inputs += [None] * (_SINKS - len(inputs)) + [sinks]
     present = (batch, key.shape[1], cache.past_length + length, dim)
     output, keys, values = emit_many(
         f"{CONTRIB}::GroupQueryAttention",

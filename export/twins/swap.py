@@ -14,6 +14,7 @@ from gemini.export.trace_state import FormMismatch
 from gemini.export.twins.attention import NAME as ATTENTION
 from gemini.export.twins.conv import as_conv
 from gemini.export.twins.embedding import as_embedding
+from gemini.export.twins.experts import as_experts_twin
 from gemini.export.twins.head import PickPositions
 from gemini.export.twins.linear import as_linear
 from gemini.export.twins.norm import as_norm
@@ -56,15 +57,18 @@ def _set_attention(model: nn.Module, name: str) -> None:
         model.set_attn_implementation(name)
     except Exception as error:  # transformers raises several kinds for models that predate its interface
         raise FormMismatch(f"the model's attention cannot be replaced: {error}") from error
-    if model.config._attn_implementation != name:
+    if model.config._attn_implementation == name:
+        return
+    if name == ATTENTION:
         raise FormMismatch("the model's attention cannot be replaced")
+    model.config._attn_implementation = name  # its own code asks the configuration, not the interface
 
 
 def _swap_modules(
     root: nn.Module, form: Form, swapped: list[tuple[nn.Module, str, nn.Module]], head: nn.Module | None
 ) -> None:
     for name, child in list(root.named_children()):
-        twin = as_linear(child) or as_embedding(child) or as_conv(child)
+        twin = as_linear(child) or as_embedding(child) or as_conv(child) or as_experts_twin(child)
         twin = twin or (as_norm(child) if form.norms else None)
         if child is head:
             if twin is None:  # its parts may have twins

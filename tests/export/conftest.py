@@ -38,6 +38,13 @@ DECODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
         tf.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=4, layer_types=LAYERS)
     ),
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**GROUPED)),
+    "mixtral": lambda: tf.MixtralForCausalLM(
+        tf.MixtralConfig(**GROUPED, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    # Sinks; experts with biases, a clipped gate and weights the other way round.
+    "gpt_oss": lambda: tf.GptOssForCausalLM(
+        tf.GptOssConfig(**GROUPED, head_dim=16, sliding_window=4, num_local_experts=4, num_experts_per_tok=2)
+    ),
 }
 ENCODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES, num_labels=3)),
@@ -132,6 +139,29 @@ OTHERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES)),
     "bloom": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=101, bos_token_id=1, eos_token_id=2)
+    ),
+    "falcon": lambda: tf.FalconForCausalLM(
+        tf.FalconConfig(
+            hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=101, ffn_hidden_size=96
+        )
+    ),
+    "openai-gpt": lambda: tf.OpenAIGPTLMHeadModel(tf.OpenAIGPTConfig(**SMALL_GPT)),  # cannot be exported
+    # Keys and values that are made from fewer numbers; experts beside one that all tokens share.
+    "deepseek_v3": lambda: tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(
+            **{**SIZES, "num_key_value_heads": 4},
+            moe_intermediate_size=32,
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_rope_head_dim=16,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+        )
     ),
 }
 

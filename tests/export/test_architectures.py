@@ -10,7 +10,7 @@ import torch
 
 from gemini.compress.apply import run_recipe
 from gemini.compress.recipe import Recipe, load_recipe
-from gemini.compress.specs import QuantizeInt4
+from gemini.compress.specs import QuantizeInt4, QuantizeInt8
 from gemini.export.exporter import export_checkpoint
 from gemini.export.graphs import encoder_graph, sample_inputs
 from gemini.model.checkpoint import Pooling
@@ -52,7 +52,9 @@ def _decode(session, model: dict, rows: list[list[int]], steps: list[list[int]])
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma3", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma3", "phi3", "mixtral", "gpt_oss"]
+)
 def test_decoder_matches_torch_on_ragged_prefill_and_steps(name, make_checkpoint, tmp_path):
     checkpoint = make_checkpoint(name)
     exported = export_checkpoint(checkpoint, tmp_path, progress=False)
@@ -114,7 +116,7 @@ def test_image_classifier_matches_torch(make_checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cohere", "olmo2", "gpt_neox", "bloom"])
+@pytest.mark.parametrize("name", ["cohere", "olmo2", "gpt_neox", "bloom", "falcon", "deepseek_v3"])
 def test_architecture_outside_the_list_exports_by_some_form(name, make_checkpoint, tmp_path):
     exported = export_checkpoint(make_checkpoint(name), tmp_path, progress=False)
     assert exported.verification["largest_difference"] < 1e-2
@@ -167,6 +169,38 @@ def test_every_builtin_recipe_exports_with_float_arithmetic_equal_to_torch(make_
         folder.mkdir()
         exported = export_checkpoint(checkpoint, folder, progress=False)
         assert exported.verification["largest_difference"] < 1e-3
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantizeInt4(block_size=64, symmetric=False, embedding_block_size=32),  # finer blocks in the graph
+        QuantizeInt4(block_size=32, sensitive_share=0.9, embedding_block_size=64),  # in 8 bits
+        QuantizeInt8(),
+    ],
+    ids=["asymmetric", "sensitive", "8 bits"],
+)
+def test_quantized_experts_export_with_float_arithmetic_equal_to_torch(name, spec, make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(name)
+    windows = [np.random.default_rng(seed).integers(3, 101, (1, 16)) for seed in range(4)]
+    (report,) = run_recipe(checkpoint, Recipe("test", (spec,)), windows, progress=False)
+    experts = [layer for layer in report.layers if layer.kind == "experts"]
+    assert len(experts) == 4
+    if getattr(spec, "sensitive_share", 0):
+        assert 8 in {layer.bits for layer in experts}
+    assert all(first.bits == second.bits for first, second in zip(experts[::2], experts[1::2], strict=True))
+    exported = export_checkpoint(checkpoint, tmp_path, progress=False)
+    assert not exported.refused and exported.verification["largest_difference"] < 1e-3
+    graph = onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type == "QMoE"]
+    assert len(nodes) == 2 and not any(node.op_type == "MoE" for node in graph.node)
+    ids = np.array([[5, 9, 33, 7, 50]])
+    found = _decode(_session(tmp_path / "decoder.onnx"), exported.model, ids.tolist(), [])
+    with torch.no_grad():
+        expected = checkpoint.model(torch.tensor(ids)).logits[0, -1].numpy()
+    # The kernels round activations to 8 bits.
+    assert np.corrcoef(found[0][0], expected)[0, 1] > 0.99
 
 
 def test_embedding_whose_width_is_no_multiple_of_the_block_exports(make_checkpoint, tmp_path):

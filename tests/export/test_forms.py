@@ -37,6 +37,30 @@ def test_model_with_data_dependent_control_flow_names_reason_and_remedy(make_che
     assert not list(tmp_path.iterdir())
 
 
+def test_operator_without_counterpart_names_its_module(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("llama")
+    mlp = checkpoint.model.model.layers[1].mlp
+    original = mlp.forward
+    mlp.forward = lambda x: original(torch.special.bessel_j0(x))
+    with pytest.raises(ExportError) as caught:
+        exporter.export_checkpoint(checkpoint, tmp_path, progress=False)
+    text = str(caught.value)
+    assert "layers.1.mlp (LlamaMLP) fails with" in text and "bessel_j0" in text and "\x1b" not in text
+
+
+def test_experts_without_operator_are_named(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("mixtral")
+    for layer in checkpoint.model.model.layers:
+        layer.mlp.experts.act_fn = nn.GELU()
+    with pytest.raises(ExportError, match="no operator computes what MixtralExperts does"):
+        exporter.export_checkpoint(checkpoint, tmp_path, progress=False)
+
+
+def test_model_without_a_cache_is_refused(make_checkpoint, tmp_path):
+    with pytest.raises(ExportError, match="keeps no cache of keys and values"):
+        exporter.export_checkpoint(make_checkpoint("openai-gpt"), tmp_path, progress=False)
+
+
 def test_verification_refuses_nan_and_large_differences():
     record = verify.Verification("form").record
     record("fine", (1, 0, 2), np.ones(3), np.ones(3) + 1e-5)

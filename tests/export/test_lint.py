@@ -46,6 +46,7 @@ def test_what_is_fast_passes():
         (product(groups=constant("g", np.zeros(64, np.int32))), "g_idx"),
         (product(weight=ir.Value(name="w")), "packed in every call"),
         (product(scales=ir.node("Abs", [constant("s", SCALES)]).outputs[0]), "packed in every call"),
+        (ir.node("QMoE", [ir.Value(name="x")], domain="com.microsoft"), "without accuracy_level 4"),
         (ir.node("SkipLayerNormalization", [ir.Value(name=n) for n in "xsg"]), "half the time"),
     ],
 )

@@ -78,3 +78,32 @@ def test_what_has_no_rule_at_all_is_decomposed(monkeypatch: pytest.MonkeyPatch) 
     x = torch.rand(4, 3)
     (actual,) = session.run(None, {"x": x.numpy()})
     np.testing.assert_allclose(actual, Other()(x).numpy(), rtol=1e-5)
+
+
+class Overwritten(nn.Module):
+    """Values that are changed in place; with ``view`` one of them is seen through a view of it as well."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.view = view
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        best, _ = torch.topk(x.softmax(-1), 2)
+        before = best * 3
+        best /= best.sum(-1, keepdim=True)
+        rows = best.view(-1) if self.view else before
+        best += 1
+        return torch.cat((best.flatten(), rows.flatten()))
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_values_changed_in_place_are_respelt_where_nothing_else_sees_them(view, monkeypatch) -> None:
+    calls = []
+    converted = tracing._converted
+    monkeypatch.setattr(tracing, "_converted", lambda *given: calls.append(given) or converted(*given))
+    model = tracing.trace(graph_of(Overwritten(view), torch.rand(2, 5)))
+    assert len(calls) == 1 + view
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    x = torch.rand(3, 5)
+    (actual,) = session.run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(actual, Overwritten(view)(x).numpy(), rtol=1e-5)
