@@ -27,6 +27,7 @@ from gemini.errors import CheckpointError, UsageError
 from gemini.judges import make_judge
 from gemini.model import catalog
 from gemini.model.checkpoint import Checkpoint, load_checkpoint
+from gemini.model.vision import pixel_shape
 from gemini.pair_judge import calibration_feeds
 from gemini.recovery import Recovery, forget, prepare_recovery, recover_pruned
 from gemini.samples import pictures
@@ -161,18 +162,13 @@ def _windows(
 ) -> tuple[list[Window], dict[str, Any]]:
     """Calibration data as the model reads it, and what to report about it."""
     if checkpoint.family == "vision":
-        shape = (checkpoint.model.config.num_channels, *_sides(checkpoint))
+        shape = pixel_shape(checkpoint.model)
         return [{"pixel_values": image[None]} for image in pictures(shape, IMAGES)], {"name": "smooth noise"}
     if recovery:
         rows, described = recovery.calibration()
         return list(rows), described
     windows, described = calibration_windows(checkpoint, text, progress)
     return calibration_feeds(checkpoint, windows), described
-
-
-def _sides(checkpoint: Checkpoint) -> tuple[int, int]:
-    size = checkpoint.model.config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _write(checkpoint: Checkpoint, source: str, folder: Path) -> None:

@@ -24,8 +24,9 @@ _MAX_EDGE = 4096
 def pixel_shape(model: Any) -> tuple[int, int, int]:
     """(channels, height, width) of the pixels that a model was built for."""
     config = model.config
-    if getattr(config, "image_size", None) is None:
-        config = getattr(config, "encoder", config)  # an image encoder in front of a text decoder
+    for part in ("encoder", "vision_config"):  # beside a text decoder, or a text encoder
+        if getattr(config, "image_size", None) is None:
+            config = getattr(config, part, config)
     size = getattr(config, "image_size", None) or 224
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return int(getattr(config, "num_channels", 3)), int(height), int(width)

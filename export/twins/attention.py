@@ -46,6 +46,8 @@ def attend(
         raise FormMismatch(f"attention with {', '.join(unsupported)}")
     if isinstance(mask, torch.Tensor):
         raise FormMismatch("the model fills its own attention mask")
+    if mask is not None and not mask.known:
+        raise FormMismatch("an attention mask is neither causal, windowed nor bidirectional")
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     cache = state.cache
     layer = None if cache is None else cache.take_updated()
@@ -118,8 +120,8 @@ def _multi_head(
     causal: bool,
 ) -> torch.Tensor:
     batch, heads, length, dim = query.shape
-    if state.pending_rotary is not None or softcap or (mask is not None and mask.window):
-        raise FormMismatch("attention without a cache that rotates, caps or windows")
+    if state.pending_rotary is not None or softcap or (mask is not None and mask.window and mask.causal):
+        raise FormMismatch("attention without a cache that rotates, caps or has a causal window")
     if value.shape[-1] != dim:
         raise FormMismatch("keys and values of different widths")
     if state.cross is not None and state.cross.holds(key):  # (B, H, S, D), which Attention would not take
@@ -140,12 +142,18 @@ def _multi_head(
 
 
 def _summand(mask: MaskMeaning | None, length: int | torch.SymInt) -> torch.Tensor | None:
-    """What is added to the scores, float32 (B, 1, queries, keys): nothing, or where a key is padding the most
-    negative number."""
-    if mask is None or mask.padding is None:
+    """What is added to the scores, float32 (B or 1, 1, queries, keys): nothing, or the most negative number
+    where a key is padding or outside of the window."""
+    if mask is None or (mask.padding is None and not mask.window):
         return None
-    hidden = torch.finfo(torch.float32).min * (1.0 - mask.padding.to(torch.float32))
-    return hidden[:, None, None].expand(-1, 1, length, -1)
+    seen = torch.ones(1, 1, 1, 1)
+    if mask.padding is not None:
+        seen = mask.padding.to(torch.float32)[:, None, None]
+    if mask.window:
+        places = torch.arange(length)
+        near = (places[:, None] - places).abs() <= mask.window
+        seen = seen * near.to(torch.float32)
+    return (torch.finfo(torch.float32).min * (1.0 - seen)).expand(-1, 1, length, -1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 
-from gemini.export.trace_state import FormMismatch
-
 
 @dataclass(frozen=True)
 class MaskMeaning:
-    """causal: keys after the query are hidden; window: only the last ``window`` keys are seen (None: all).
+    """causal: keys after the query are hidden; window: only the last ``window`` keys are seen (None: all), or
+    where the mask is not causal those at most ``window`` places away.
 
-    padding: (batch, keys), true where a token is; None when nothing is padded.
+    padding: (batch, keys), true where a token is; None when nothing is padded. ``known`` is False for any
+    other mask: a model may make one that none of its layers uses.
     """
 
     causal: bool
     window: int | None
     padding: torch.Tensor | None
+    known: bool = True
 
 
 class _Index(int):
@@ -62,6 +63,10 @@ def _in_window(window: int, query: int, key: int) -> bool:
     return query - window < key <= query
 
 
+def _is_near(window: int, query: int, key: int) -> bool:
+    return abs(query - key) <= window
+
+
 def read_mask(
     *,
     mask_function: Callable[..., Any],
@@ -76,11 +81,13 @@ def read_mask(
     for window in sorted(w for w in windows if isinstance(w, int) and w > 0):
         if _agrees(mask_function, partial(_in_window, window), reach=window):
             return MaskMeaning(True, window, attention_mask)
+        if _agrees(mask_function, partial(_is_near, window), reach=window):
+            return MaskMeaning(False, window, attention_mask)
     if _agrees(mask_function, lambda q, k: k <= q):
         return MaskMeaning(True, None, attention_mask)
     if _agrees(mask_function, lambda q, k: True):
         return MaskMeaning(False, None, attention_mask)
-    raise FormMismatch("an attention mask is neither causal, windowed nor bidirectional")
+    return MaskMeaning(False, None, attention_mask, known=False)
 
 
 def _agrees(function: Callable[..., Any], rule: Callable[[int, int], bool], reach: int = 8) -> bool:

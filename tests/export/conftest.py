@@ -41,6 +41,16 @@ DECODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "mixtral": lambda: tf.MixtralForCausalLM(
         tf.MixtralConfig(**GROUPED, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
     ),
+    # A mask with a window that no layer uses; experts beside one that all tokens share.
+    "qwen2_moe": lambda: tf.Qwen2MoeForCausalLM(
+        tf.Qwen2MoeConfig(
+            **GROUPED,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=96,
+            num_experts=4,
+            num_experts_per_tok=2,
+        )
+    ),
     # Sinks; experts with biases, a clipped gate and weights the other way round.
     "gpt_oss": lambda: tf.GptOssForCausalLM(
         tf.GptOssConfig(**GROUPED, head_dim=16, sliding_window=4, num_local_experts=4, num_experts_per_tok=2)
@@ -50,6 +60,15 @@ ENCODERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES, num_labels=3)),
     "distilbert": lambda: tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**SMALL_BERT)),
     "roberta": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**SIZES)),
+    # Every other layer sees its neighbours alone.
+    "modernbert": lambda: tf.ModernBertForSequenceClassification(
+        tf.ModernBertConfig(
+            **SIZES, cls_token_id=1, sep_token_id=2, local_attention=6, global_attn_every_n_layers=2
+        )
+    ),
+}
+CLIP_SIZES = {k: SIZES[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")} | {
+    "num_attention_heads": 4
 }
 VISION: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "vit": lambda: tf.ViTForImageClassification(
@@ -60,6 +79,19 @@ VISION: dict[str, Callable[[], tf.PreTrainedModel]] = {
             num_attention_heads=4,
             image_size=32,
             patch_size=8,
+        )
+    ),
+    # Its size is that of a part of the configuration.
+    "clip": lambda: tf.CLIPForImageClassification(
+        tf.CLIPConfig(vision_config={**CLIP_SIZES, "image_size": 32, "patch_size": 8}, text_config=CLIP_SIZES)
+    ),
+    "convnext": lambda: tf.ConvNextForImageClassification(
+        tf.ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 16, 32], image_size=32)
+    ),
+    # Attention over windows of the image, with a bias for each place in them.
+    "swin": lambda: tf.SwinForImageClassification(
+        tf.SwinConfig(
+            image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4
         )
     ),
 }

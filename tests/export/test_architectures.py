@@ -53,7 +53,8 @@ def _decode(session, model: dict, rows: list[list[int]], steps: list[list[int]])
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma3", "phi3", "mixtral", "gpt_oss"]
+    "name",
+    ["llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma3", "phi3", "mixtral", "qwen2_moe", "gpt_oss"],
 )
 def test_decoder_matches_torch_on_ragged_prefill_and_steps(name, make_checkpoint, tmp_path):
     checkpoint = make_checkpoint(name)
@@ -70,7 +71,7 @@ def test_decoder_matches_torch_on_ragged_prefill_and_steps(name, make_checkpoint
             np.testing.assert_allclose(logits[row], expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "modernbert"])
 def test_encoder_matches_torch_on_padded_batch(name, make_checkpoint, tmp_path):
     checkpoint = make_checkpoint(name)
     exported = export_checkpoint(checkpoint, tmp_path, progress=False)
@@ -104,10 +105,11 @@ def test_pooling_matches_a_slow_loop(mode, make_checkpoint):
         torch.testing.assert_close(actual[row], vector / vector.norm(), atol=1e-6, rtol=1e-5)
 
 
-def test_image_classifier_matches_torch(make_checkpoint, tmp_path):
-    checkpoint = make_checkpoint("vit")
+@pytest.mark.parametrize("name", ["vit", "clip", "convnext", "swin"])
+def test_image_classifier_matches_torch(name, make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(name)
     exported = export_checkpoint(checkpoint, tmp_path, progress=False)
-    assert exported.form.attention == "multi-head", exported.refused
+    assert exported.form.attention == ("model" if name == "swin" else "multi-head"), exported.refused
     inputs = sample_inputs(checkpoint, batch=3)
     with torch.no_grad():
         expected = checkpoint.model(**inputs).logits.numpy()

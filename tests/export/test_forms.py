@@ -8,7 +8,9 @@ from torch import nn
 from gemini.errors import ExportError, VerificationError
 from gemini.export import exporter, verify
 from gemini.export.forms import DECODER_FORMS
-from gemini.export.twins.mask import read_mask
+from gemini.export.trace_state import FormMismatch, tracing
+from gemini.export.twins.attention import attend
+from gemini.export.twins.mask import MaskMeaning, read_mask
 from gemini.export.twins.norm import as_norm
 from gemini.export.twins.rotary import pair_layout
 
@@ -105,6 +107,7 @@ def test_masks_are_read_by_probing():
     from transformers.masking_utils import (
         bidirectional_mask_function,
         causal_mask_function,
+        sliding_window_bidirectional_mask_function,
         sliding_window_causal_mask_function,
     )
 
@@ -112,5 +115,9 @@ def test_masks_are_read_by_probing():
     assert read_mask(mask_function=causal_mask_function, config=config).window is None
     assert read_mask(mask_function=bidirectional_mask_function, config=config).causal is False
     assert read_mask(mask_function=sliding_window_causal_mask_function(7), config=config).window == 7
-    with pytest.raises(Exception, match="neither causal"):
-        read_mask(mask_function=sliding_window_causal_mask_function(5), config=config)
+    near = read_mask(mask_function=sliding_window_bidirectional_mask_function(7), config=config)
+    assert near == MaskMeaning(causal=False, window=7, padding=None)
+    other = read_mask(mask_function=sliding_window_causal_mask_function(5), config=config)
+    states = torch.zeros(1, 2, 4, 8)
+    with tracing(DECODER_FORMS[0]), pytest.raises(FormMismatch, match="neither causal"):
+        attend(nn.Module(), states, states, states, other)  # made, and used
