@@ -20,7 +20,11 @@ from gemini.export.fusions.patterns import (
 )
 
 FLOAT32 = 1
-_ZERO_POINTS = 11  # the first of the zero points among the inputs of QMoE
+_ZERO_POINTS, _WEIGHTS = 11, 14  # inputs of QMoE: the first of the zero points, and a router's weights
+_EXPERTS = (
+    *("k", "normalize_routing_weights", "activation_type", "activation_alpha", "activation_beta"),
+    *("swiglu_fusion", "swiglu_limit"),
+)
 
 
 @contextmanager
@@ -32,7 +36,7 @@ def float_compute(model: ir.Model) -> Iterator[None]:
     MatMulIntegerToFloat(QuantizeLinear(x), W, …)  ->  the same
     DequantizeLinear(QLinearConv(QuantizeLinear(x), W, …))  ->  Conv(x, DequantizeLinear(W, s, z))
     QMoE(accuracy_level=4) of 4 bits  ->  QMoE(accuracy_level=1)
-    QMoE(x, r, W, s, …) of 8 bits  ->  MoE(x, Log(r), GatherBlockQuantized(W, s), …) * sum(r)
+    QMoE(x, r, W, s, …) of 8 bits  ->  MoE(x, r, GatherBlockQuantized(W, s), …)
     """
     blockwise = [n for n in model.graph if n.op_type == "MatMulNBits" or _is_4bit_experts(n)]
     levels = [n.attributes["accuracy_level"].as_int() for n in blockwise]
@@ -110,7 +114,8 @@ def _convolution(node: ir.Node, output: ir.Value) -> list[ir.Node]:
 
 def _experts(node: ir.Node) -> list[ir.Node]:
     """There is no float kernel for 8 bits, so the weights are unpacked: by a look-up of every expert."""
-    x, routed, *products = node.inputs[:8]
+    inputs = [*node.inputs, *[None] * (_WEIGHTS + 1 - len(node.inputs))]
+    x, routed, *products = inputs[:8]
     output, own = node.outputs[0], dict(node.attributes)
     assert products[0] is not None and products[0].const_value is not None, node
     count = len(products[0].const_value.numpy())
@@ -118,25 +123,24 @@ def _experts(node: ir.Node) -> list[ir.Node]:
     added, dense = [every], []
     unpack = {"bits": 8, "block_size": own["block_size"], "gather_axis": 0, "quantize_axis": 2}
     for weight, scales, bias, zero_points in (
-        (*products[:3], node.inputs[_ZERO_POINTS]),
-        (*products[3:], node.inputs[_ZERO_POINTS + 1]),
+        (*products[:3], inputs[_ZERO_POINTS]),
+        (*products[3:], inputs[_ZERO_POINTS + 1]),
     ):
-        inputs = [weight, every.outputs[0], scales, zero_points]
-        added.append(insert(node, "GatherBlockQuantized", inputs, unpack, [output], CONTRIB))
+        packed = [weight, every.outputs[0], scales, zero_points]
+        added.append(insert(node, "GatherBlockQuantized", packed, unpack, [output], CONTRIB))
         dense += [added[-1].outputs[0], bias]
-    logarithm = insert(node, "Log", [routed], {}, [output])
-    kept = ("k", "activation_type", "swiglu_fusion", "activation_alpha", "activation_beta", "swiglu_limit")
-    options = {key: own[key] for key in kept if key in own} | {"normalize_routing_weights": 1}
-    mean = insert(node, "MoE", [x, logarithm.outputs[0], *dense], options, [output], CONTRIB)
-    total = insert(node, "ReduceSum", [routed, _last_axis(node, added)], {"keepdims": 1}, [output])
-    added += [logarithm, mean, total]
-    for inner in added:
+    options = {key: own[key] for key in _EXPERTS if key in own}
+    if inputs[_WEIGHTS] is None:
+        added.append(insert(node, "MoE", [x, routed, *dense], options, [output], CONTRIB))
+    else:  # the operator has no weights beside what it chooses by, so these are made of their logarithms
+        options |= {"normalize_routing_weights": 1}
+        added.append(insert(node, "Log", [routed], {}, [output]))
+        added.append(insert(node, "MoE", [x, added[-1].outputs[0], *dense], options, [output], CONTRIB))
+        mean = added[-1].outputs[0]
+        added.append(insert(node, "Constant", [], {"value_ints": [-1]}, [output]))
+        added.append(insert(node, "ReduceSum", [routed, added[-1].outputs[0]], {"keepdims": 1}, [output]))
+        added.append(insert(node, "Mul", [mean, added[-1].outputs[0]], {}, [output]))
+    for inner in added[:-1]:
         inner.outputs[0].shape, inner.outputs[0].type = None, None
-    added.append(insert(node, "Mul", [mean.outputs[0], total.outputs[0]], {}, [output]))
     replace(output, added[-1].outputs[0])
     return added
-
-
-def _last_axis(node: ir.Node, added: list[ir.Node]) -> ir.Value:
-    added.append(insert(node, "Constant", [], {"value_ints": [-1]}, [node.outputs[0]]))
-    return added[-1].outputs[0]

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript.optimizer import fold_constants
 
+from gemini.export.fusions.experts import fuse_router, keep_sequences
 from gemini.export.fusions.factors import share_factors
 from gemini.export.fusions.half_scales import halve_scales
 from gemini.export.fusions.layout import drop_no_ops, drop_transpose_pairs, fix_reshapes, join_reshapes
@@ -28,6 +29,8 @@ FUSIONS = (
     share_factors,
     pack_qkv,
     merge_qkv,
+    fuse_router,
+    keep_sequences,
     fuse_skip_norm,
     compute_rotary_tables,
     halve_scales,

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from gemini.export.fusions import factors, half_scales, layout, merge_projections, skip_norm
+from gemini.export.fusions import experts, factors, half_scales, layout, merge_projections, skip_norm
 from gemini.export.fusions.patterns import new_initializer
 
 F = onnx.TensorProto.FLOAT
@@ -198,3 +198,74 @@ def test_scales_that_a_float16_holds_are_stored_as_one():
 def test_scales_that_a_float16_would_change_stay():
     model = _blockwise(np.full((8, 2), 0.1, np.float32))
     assert half_scales.halve_scales(model.graph) == 0 and _ops(model)["Cast"] == 0
+
+
+def _experts_model(weigh: str, k: int = 2, back: str = "float[a,b,32] y") -> ir.Model:
+    """Four experts of 32 x 16 in 8 bits behind a router; ``weigh`` makes ``shares`` of logits, and picks."""
+    attributes = (
+        f'k={k}, expert_weight_bits=8, block_size=16, activation_type="swiglu", swiglu_fusion=1, '
+        "activation_alpha=1.0, activation_beta=0.0"
+    )
+    model = _model(
+        f"g (float[a,b,32] x, float[4,32] w, int64[3] s) => ({back}) "
+        "<int64[2] flat = {-1, 32}, int64[1] two = {2}, int64[1] last = {-1}, float zero = {0.0}> {"
+        "h = Reshape(x, flat) logits = Gemm<transB=1>(h, w) "
+        f"{weigh} "
+        "every = Shape(logits) zeros = Expand(zero, every) "
+        "routed = ScatterElements<axis=1>(zeros, picks, shares) "
+        f"m = com.microsoft.QMoE<{attributes}>(h, routed, up, us, , down, ds, , , , , , , , routed) "
+        "y = Reshape(m, s) }"
+    )
+    rng = np.random.default_rng(1)
+    for name, shape in (("up", (4, 32, 32)), ("down", (4, 32, 16))):
+        scales = rng.random((*shape[:2], shape[2] // 16), np.float32) * 0.01
+        for key, array in ((name, rng.integers(0, 256, shape, np.uint8)), (f"{name[0]}s", scales)):
+            made = new_initializer(model.graph, key, array)
+            for node in model.graph:
+                for place, value in enumerate(node.inputs):
+                    if value is not None and value.name == key and value is not made:
+                        node.replace_input_with(place, made)
+    return model
+
+
+_BY_SHARE = (
+    "p = Softmax<axis=-1>(logits) best, picks = TopK<axis=-1>(p, two) "
+    "total = ReduceSum<keepdims=1>(best, last) shares = Div(best, total)"
+)
+_OF_CHOSEN = "best, picks = TopK<axis=-1>(logits, two) shares = Softmax<axis=-1>(best)"
+
+
+@pytest.mark.parametrize("weigh", [_BY_SHARE, _OF_CHOSEN])
+def test_a_router_moves_into_its_operator_and_rows_stay_sequences(weigh):
+    plain, fused = _experts_model(weigh), _experts_model(weigh)
+    assert experts.fuse_router(fused.graph) == 1
+    assert experts.keep_sequences(fused.graph) == 1
+    ir.passes.common.RemoveUnusedNodesPass()(fused)
+    assert _ops(fused) == {"Reshape": 1, "Gemm": 1, "QMoE": 1}
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 32), (4, 32)))
+    feeds = {"x": x, "w": w, "s": np.array([2, 3, 32])}
+    expected, found = _run(plain, feeds)[0], _run(fused, feeds)[0]
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weigh", "k"),
+    [
+        ("p = Softmax<axis=-1>(logits) shares, picks = TopK<axis=-1>(p, two)", 2),  # no sum of 1
+        ("p = Sigmoid(logits) shares, picks = TopK<axis=-1>(p, two)", 2),
+        ("best, picks = TopK<axis=-1, largest=0>(logits, two) shares = Softmax<axis=-1>(best)", 2),
+        (_OF_CHOSEN, 3),
+    ],
+)
+def test_a_router_of_another_kind_stays(weigh, k):
+    model = _experts_model(weigh, k)
+    assert experts.fuse_router(model.graph) == 0
+    assert experts.keep_sequences(model.graph) == 0  # its weights have a row for each token
+
+
+def test_rows_that_do_not_become_the_same_sequences_stay_rows():
+    model = _experts_model(_BY_SHARE, back="float[b,a,32] y")
+    assert experts.fuse_router(model.graph) == 1
+    assert experts.keep_sequences(model.graph) == 0
