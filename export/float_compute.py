@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import onnx_ir as ir
 
@@ -129,7 +130,7 @@ def _experts(node: ir.Node) -> list[ir.Node]:
         packed = [weight, every.outputs[0], scales, zero_points]
         added.append(insert(node, "GatherBlockQuantized", packed, unpack, [output], CONTRIB))
         dense += [added[-1].outputs[0], bias]
-    options = {key: own[key] for key in _EXPERTS if key in own}
+    options: dict[str, Any] = {key: own[key] for key in _EXPERTS if key in own}
     if inputs[_WEIGHTS] is None:
         added.append(insert(node, "MoE", [x, routed, *dense], options, [output], CONTRIB))
     else:  # the operator has no weights beside what it chooses by, so these are made of their logarithms
