@@ -23,7 +23,8 @@ class GenerationOptions:
     run with it. ``num_beams`` above 1 searches with that many beams (`gemini.runtime.beams`) where nothing is
     sampled and the whole text is asked for; a stream is greedy. ``json_schema`` (its text) or ``regex``: what
     the whole answer has to be (`gemini.runtime.constrain`); one that ``max_new_tokens`` cuts is only a
-    beginning of it.
+    beginning of it. ``begin``: what the answer of a model with an encoder begins with and does not repeat, as
+    the token of a language.
     """
 
     max_new_tokens: int | None = None
@@ -39,6 +40,7 @@ class GenerationOptions:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
+    begin: str = ""
     json_schema: str | None = None
     regex: str | None = None
 
@@ -60,6 +62,8 @@ class GenerationOptions:
             raise RequestError(f"early_stopping is {self.early_stopping!r}.", "Use True or False.")
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise RequestError("A stop string is empty or not a text.", "Give a tuple of non-empty texts.")
+        if not isinstance(self.begin, str):
+            raise RequestError(f"begin is {self.begin!r}, not a text.", "Give a text.")
         for name in ("json_schema", "regex"):
             text = getattr(self, name)
             if text is not None and (not isinstance(text, str) or not text.strip()):
@@ -100,6 +104,7 @@ class OptionArgs(TypedDict, total=False):
     num_beams: int | None
     length_penalty: float | None
     early_stopping: bool | None
+    begin: str | None
     json_schema: str | Mapping[str, Any] | None
     regex: str | None
 

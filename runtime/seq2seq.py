@@ -107,7 +107,7 @@ class Seq2SeqGenerator:
         if not single:
             raise RequestError("A stream takes one source.", "Use generate() for a list of sources.")
         chosen = self._options(options)
-        prompts = self._starts(1)
+        prompts = self._starts(1, chosen)
         limit = new_token_limit(prompts, chosen, self.model.decoder.context_length)
         inference = self._constrained(self.decoder(self.encode(sources, pixels), limit), chosen)
         return pieces(inference, prompts, self.tokenizer, chosen, self.eos, limit)
@@ -203,7 +203,7 @@ class Seq2SeqGenerator:
         on_token: OnToken | None,
     ) -> tuple[list[list[int]], list[str]]:
         count = len(sources) if sources is not None else len(pixels) if pixels is not None else 0
-        prompts = self._starts(count)
+        prompts = self._starts(count, options)
         limit = new_token_limit(prompts, options, self.model.decoder.context_length)
         encoded = self.encode(sources, pixels)
         if options.searches:
@@ -222,8 +222,13 @@ class Seq2SeqGenerator:
     def _vocabulary(self) -> LLTokenizer:
         return read_vocabulary(self.tokenizer, self.model.decoder.vocab_size, self.eos)
 
-    def _starts(self, count: int) -> list[list[int]]:
-        return [list(self.bundle.manifest.generation.decoder_start_ids) for _ in range(count)]
+    def _starts(self, count: int, options: GenerationOptions) -> list[list[int]]:
+        """What the decoder reads before it writes: the model's own tokens, then those asked for."""
+        start = list(self.bundle.manifest.generation.decoder_start_ids)
+        if options.begin:
+            start += self.tokenizer.encode(options.begin, special_tokens=False)
+            checked_rows([start], self.model.decoder)
+        return [list(start) for _ in range(count)]
 
     def _feeds(
         self,

@@ -262,7 +262,13 @@ class TextGenerator:
         return read_vocabulary(self.tokenizer, self.model.vocab_size, self.eos)
 
     def _options(self, given: OptionArgs | Mapping[str, Any]) -> GenerationOptions:
-        return make_options(self.bundle.manifest.generation.defaults, given)
+        chosen = make_options(self.bundle.manifest.generation.defaults, given)
+        if chosen.begin:
+            raise RequestError(
+                "This model has no encoder: an answer goes on where its prompt ends.",
+                "Write what it is to begin with at the end of the prompt.",
+            )
+        return chosen
 
     def _prompts(self, prompt: Prompt, chat: bool) -> tuple[list[list[int]], bool]:
         """Token ids of each prompt, and whether there was just one."""

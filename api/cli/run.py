@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="above 1 discourages tokens that already appeared",
     )
     generation.add_argument(
+        "--begin",
+        metavar="TEXT",
+        help="what the answer of a model with an encoder begins with and does not repeat: the token of the "
+        "language to translate into, say",
+    )
+    generation.add_argument(
         "--num-beams",
         metavar="N",
         type=int,
@@ -153,6 +159,7 @@ def _options(args: argparse.Namespace) -> OptionArgs:
         "repetition_penalty": args.repetition_penalty,
         "seed": args.seed,
         "num_beams": args.num_beams,
+        "begin": args.begin,
         "stop": args.stop,
         "json_schema": read_text(args.json_schema) if args.json_schema is not None else None,
         "regex": args.regex,

@@ -44,6 +44,32 @@ def test_padded_batch_generates_what_numpy_recomputes(images, session, pair_toy)
         assert answer == greedy(pair_toy.reference, source, picture, 10)
 
 
+def test_an_answer_begins_as_asked_and_does_not_repeat_it(session, pair_toy):
+    source = session.tokenizer.encode(TEXTS[1])
+    begin = session.tokenizer.encode("one", special_tokens=False)
+    ids = [0, *begin]
+    for _ in range(6):
+        logits = pair_toy.reference(ids, source)[-1]
+        logits[2] = -np.inf
+        ids.append(int(logits.argmax()))
+    expected = ids[1 + len(begin) :]
+    answer = session.generate(TEXTS[1], begin="one", max_new_tokens=6, ignore_eos=True)
+    assert list(answer.tokens) == expected
+    assert answer.tokens != session.generate(TEXTS[1], max_new_tokens=6, ignore_eos=True).tokens
+    pieces = session.stream(TEXTS[1], begin="one", max_new_tokens=6, ignore_eos=True)
+    assert "".join(pieces) == answer.text
+    beams = session.generate(TEXTS, begin="one", max_new_tokens=6, num_beams=2)
+    alone = session.generate(TEXTS[1], begin="one", max_new_tokens=6, num_beams=2)
+    assert beams[1] == alone
+    with pytest.raises(RequestError, match="begin is 3"):
+        session.generate(TEXTS[1], begin=3)
+
+
+def test_an_answer_without_an_encoder_cannot_be_begun(decoder_toy):
+    with pytest.raises(RequestError, match="end of the prompt"):
+        load(decoder_toy.path).generate("one", begin="two")
+
+
 @pytest.mark.parametrize("images", [False, True])
 def test_forced_logits_equal_numpy(images, session, pair_toy):
     source = session.tokenizer.encode(TEXTS[0])
