@@ -1,4 +1,4 @@
-"""From a checkpoint to a smaller one of the same class: layers, heads, widths, tokens.
+"""From a checkpoint to a smaller one of the same class: layers, experts, heads, widths, tokens.
 
 report = prune_checkpoint("smollm2-135m", "smaller", width=0.25)
 """
@@ -20,6 +20,7 @@ from gemini.benchmarks.text import TextSource, default_text, read_text
 from gemini.calibration import calibration_windows
 from gemini.compress.calibrate import Window
 from gemini.compress.depth import prune_layers, states_to_have
+from gemini.compress.expert_pruning import prune_experts
 from gemini.compress.prune import prune_units
 from gemini.compress.refit import Refitted, refit
 from gemini.compress.vocabulary import prune_vocabulary, write_tokenizer
@@ -44,6 +45,7 @@ def prune_checkpoint(
     output: str | Path,
     *,
     layers: float = 0.0,
+    experts: float = 0.0,
     heads: float = 0.0,
     width: float = 0.0,
     vocabulary: Sequence[str] = (),
@@ -59,16 +61,19 @@ def prune_checkpoint(
 ) -> dict[str, Any]:
     """Cut shares of what ``source`` has and write the smaller checkpoint to ``output``; returns the report.
 
-    Layers go first, then heads and widths, then tokens: ``vocabulary`` names text files, and a token that
-    they never use is left out. ``by`` as in ``depth.prune_layers``, ``compensate`` as in
-    ``prune.prune_units``; what stays after each is fitted to the whole model's states too (``refit.refit``).
+    Layers go first, then experts, then heads and widths, then tokens: ``vocabulary`` names text files, and a
+    token that they never use is left out. ``by`` as in ``depth.prune_layers``, ``compensate`` as in
+    ``prune.prune_units``; what stays after layers, heads and widths is fitted to the whole model's states too
+    (``refit.refit``).
     With ``recover`` a smaller generator learns so many minutes from what it was (`recovery.recover_pruned`),
     before tokens go. The report, pruning.json in the folder, has the accuracy before and after. RecipeError
     for what cannot be cut.
     """
     output = Path(output)
-    if not (layers or heads or width or vocabulary):
-        raise UsageError("Nothing is to be cut.", "Give --layers, --heads, --width or --vocabulary.")
+    if not (layers or experts or heads or width or vocabulary):
+        raise UsageError(
+            "Nothing is to be cut.", "Give --layers, --experts, --heads, --width or --vocabulary."
+        )
     if output.exists() and not force:
         raise CheckpointError(f"{output} exists already.", "Choose another folder, or add --force.")
     built_in = default_text()
@@ -81,13 +86,15 @@ def prune_checkpoint(
     if adapters and recover is None:
         raise UsageError("Adapters are named and nothing is to learn.", "Add --recover MINUTES.")
     if recover is not None:
-        if not (layers or heads or width):
+        if not (layers or experts or heads or width):
             raise UsageError("Leaving out tokens loses nothing to recover.", "Leave --recover out.")
         recovery = prepare_recovery(checkpoint, output, recover, None, learning, progress)
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch:
         before = make_judge(checkpoint, evaluation, Path(scratch))
         windows, described = (
-            _windows(checkpoint, learning, recovery, progress) if layers or heads or width else ([], {})
+            _windows(checkpoint, learning, recovery, progress)
+            if layers or experts or heads or width
+            else ([], {})
         )
         made, cuts = checkpoint, []
         fitted: tuple[Refitted, ...] = ()
@@ -103,6 +110,10 @@ def prune_checkpoint(
             pairs, kept = states_to_have(shallower.report), shallower.report.kept
             if fits:
                 fitted = refit(made.model, checkpoint.model, windows, kept, progress=progress)
+        if experts:
+            fewer = prune_experts(made.model, windows, fraction=experts, progress=progress)
+            made = replace(made, model=fewer.model)
+            cuts.append({"type": "experts", **to_plain(asdict(fewer.report))})
         if heads or width:
             thinner = prune_units(
                 made.model, windows, heads=heads, width=width, compensate=compensate, progress=progress

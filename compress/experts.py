@@ -91,14 +91,18 @@ class Experts(nn.Module):
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Tokens (T, H), the experts chosen for each (T, k) int64 and their weights (T, k) -> (T, H)."""
+        made, order = self.each(hidden, chosen)
+        made = made * weights.reshape(-1, 1)[order].to(made.dtype)
+        return torch.zeros_like(hidden).index_add(0, order // chosen.shape[-1], made.to(hidden.dtype))
+
+    def each(self, hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """What every expert makes of every token that it was chosen for, (T * k, H), expert by expert, and
+        which entry of ``chosen``, read row by row, each of these rows is for."""
         picks = chosen.reshape(-1)
         order = picks.argsort(stable=True)
-        tokens = order // chosen.shape[-1]
         counts = picks.bincount(minlength=self.count).tolist()
-        made = self.gate_up(hidden[tokens], counts)
-        made = self.down(self.gate(made[:, ::2], made[:, 1::2]), counts)
-        made = made * weights.reshape(-1, 1)[order].to(made.dtype)
-        return torch.zeros_like(hidden).index_add(0, tokens, made.to(hidden.dtype))
+        made = self.gate_up(hidden[order // chosen.shape[-1]], counts)
+        return self.down(self.gate(made[:, ::2], made[:, 1::2]), counts), order
 
 
 def open_experts(model: nn.Module) -> list[str]:

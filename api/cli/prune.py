@@ -7,7 +7,7 @@ from typing import Any
 
 from gemini.cli.output import recovery_line
 
-HELP = "Cut layers, attention heads, feed-forward width or unused tokens of a checkpoint, and measure it."
+HELP = "Cut layers, experts, heads, feed-forward width or unused tokens of a checkpoint, and measure it."
 EXAMPLE = "gemini-edge prune smollm2-135m --width 0.25 --output smollm2-narrow"
 
 
@@ -17,6 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", required=True, help="the checkpoint to write")
     parser.add_argument(
         "--layers", metavar="SHARE", type=float, default=0.0, help="leave out that share of the layers"
+    )
+    parser.add_argument(
+        "--experts",
+        metavar="SHARE",
+        type=float,
+        default=0.0,
+        help="leave out that share of the experts of every layer that has some",
     )
     parser.add_argument(
         "--heads",
@@ -80,6 +87,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         args.model,
         args.output,
         layers=args.layers,
+        experts=args.experts,
         heads=args.heads,
         width=args.width,
         vocabulary=args.vocabulary,

@@ -8,6 +8,8 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -97,6 +99,25 @@ def test_an_image_classifier_is_pruned_on_pictures(tmp_path):
     assert [cut["config"] for cut in report["cuts"]] == [{"num_hidden_layers": 2}, {"intermediate_size": 32}]
     assert report["refitted"] == []
     assert report["before"]["logit_difference"] == 0 < report["after"]["logit_difference"]
+
+
+def test_a_mixture_loses_experts_and_compresses(gemini_folder, tmp_path, capsys):
+    source, out = tmp_path / "mixtral", tmp_path / "fewer"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(
+        vocab_size=400, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **sizes
+    )
+    MixtralForCausalLM(config).save_pretrained(source)
+    gemini.GeminiTokenizer.from_pretrained(gemini_folder).save_pretrained(source)
+    assert main(["prune", str(source), "--experts", "0.25", "--output", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (cut,) = report["cuts"]
+    assert cut["type"] == "experts" and {len(kept) for kept in cut["kept"].values()} == {3}
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_local_experts == 3
+    compress_model(str(out), str(tmp_path / "bundle"), recipe="int4", progress=False)
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text("utf-8"))
+    assert "com.microsoft::QMoE" in manifest["requirements"]["operators"]
 
 
 def test_nothing_to_cut_is_refused(llama, tmp_path):
