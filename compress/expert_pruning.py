@@ -3,7 +3,7 @@
 made = prune_experts(model, windows, fraction=0.25)
 made.model.save_pretrained(folder)
 
-The router loses their rows and goes on with the others. Which tensors have a row for each expert is not
+The router loses their rows and goes on with the others. Which tensors have an entry for each expert is not
 listed: they are those that another number of experts in the configuration makes shorter, and with all experts
 in another order the model must say what it did.
 """
@@ -161,8 +161,7 @@ def _fit(model: nn.Module, window: Window, stacks: Collection[str], before: int,
     wanted: dict[str, Shape | None] = {name: (after, *shape[1:]) for name, shape in own.items()}
 
     def accept(name: str, old: Shape | None, new: Shape | None) -> bool:
-        beside = _stack_of(name, stacks) is not None
-        return beside and old is not None and old[:1] == (before,) and new == (after, *old[1:])
+        return _stack_of(name, stacks) is not None and _shortened(old, new) is not None
 
     candidates: list[Change] = [
         {path: after} for path, value in fields_of(model.config) if type(value) is int and value == before
@@ -183,11 +182,21 @@ def _fit(model: nn.Module, window: Window, stacks: Collection[str], before: int,
 
 
 def _cut(model: nn.Module, fit: Fit, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the model, those with a row for each expert with the rows of these experts alone."""
-    shapes = shapes_of(model)
-    changed = {name: _stack_of(name, kept) for name, shape in fit.shapes.items() if shape != shapes[name]}
-    rows = {name: {0: kept[stack]} for name, stack in changed.items() if stack is not None}
-    return cut_state(model.state_dict(), rows)
+    """The tensors of the model, those with an entry for each expert with these experts' alone."""
+    entries: dict[str, dict[int, Tensor]] = {}
+    for name, shape in shapes_of(model).items():
+        axis, stack = _shortened(shape, fit.shapes[name]), _stack_of(name, kept)
+        if axis is not None and stack is not None:
+            entries[name] = {axis: kept[stack]}
+    return cut_state(model.state_dict(), entries)
+
+
+def _shortened(old: Shape | None, new: Shape | None) -> int | None:
+    """The one axis along which a shape differs; None if there is none, or more."""
+    if old is None or new is None or len(old) != len(new):
+        return None
+    axes = [axis for axis, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
+    return axes[0] if len(axes) == 1 else None
 
 
 def _stack_of(name: str, stacks: Collection[str]) -> str | None:
