@@ -10,12 +10,13 @@ import json
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gemini.benchmarks.metrics import loss_percent
 from gemini.compress.recipe import load_recipe
-from gemini.errors import BundleError, GeminiEdgeError
+from gemini.errors import BundleError, GeminiEdgeError, RecipeError
 from gemini.pipeline import compress_model
 from gemini.pruning import prune_checkpoint
 from gemini.runtime.bundle import read_bundle
@@ -26,7 +27,8 @@ _FAR = 2.0  # a loss of so many times what is allowed makes what is harsher hope
 
 @dataclass(frozen=True)
 class Trial:
-    """A recipe, as ``load_recipe`` takes it, on a checkpoint without the share ``ratio`` of its units."""
+    """A recipe, as ``load_recipe`` takes it, on a checkpoint without the share ``ratio`` of its units, or of
+    its experts."""
 
     recipe: str
     ratio: float
@@ -129,19 +131,27 @@ def hopeless(search: Search, trial: Trial) -> str:
 
 
 def pruned_checkpoint(search: Search, ratio: float, progress: bool = False) -> None:
-    """Prune once for all recipes; what lies there complete is used again."""
+    """Prune once for all recipes: feed-forward units, or where none can be cut experts; what lies there
+    complete is used again."""
     target = search.pruned(ratio)
     if (target / "pruning.json").is_file():
         return
-    prune_checkpoint(
+    prune = partial(
+        prune_checkpoint,
         search.source,
         target,
-        width=ratio,
         task=search.task,
         calibration=search.calibration,
         eval_text=search.eval_text,
         progress=progress,
     )
+    try:
+        prune(width=ratio)
+    except RecipeError as reason:
+        try:
+            prune(experts=ratio)
+        except RecipeError:
+            raise reason from None
 
 
 def _pruning_loss(search: Search, ratio: float) -> float | None:

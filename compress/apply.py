@@ -91,12 +91,12 @@ def quantize_int8(
     )
     linear = Integers(8, per_block.size) if per_block else Channels()
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
-    stacks = [n for n in selection.linears if isinstance(model.get_submodule(n), StackedLinear)]
+    plain = [name for name in selection.linears if not isinstance(model.get_submodule(name), StackedLinear)]
+    stacks = set(selection.linears) - set(plain)
     formats |= dict.fromkeys(stacks, Integers(8, PerBlock().size))  # their operator rounds in blocks alone
     divisors: dict[str, Tensor] = {}
     folds: list[Group] = []
     if spec.smoothing and windows and not per_block:
-        plain = [name for name in selection.linears if name not in stacks]
         divisors = smoothing_divisors(model, windows, plain, spec.smoothing, progress)
         divisors, folds = fold_divisors(model, windows, divisors)
     if spec.block_smoothing and windows and per_block:
@@ -104,7 +104,6 @@ def quantize_int8(
     codes: dict[str, Codes] = {}
     ends: dict[str, tuple[Codes, Codes]] = {}
     if spec.static:
-        plain = [name for name in selection.linears if name not in stacks]
         codes = input_codes(model, windows, plain, spec.activations, divisors, progress)
         filters = [name for name in selection.convolutions if has_integer_operator(model.get_submodule(name))]
         ends = convolution_codes(model, windows, filters, spec.activations, progress)

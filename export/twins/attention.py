@@ -125,6 +125,8 @@ def _multi_head(
     if value.shape[-1] != dim:
         raise FormMismatch("keys and values of different widths")
     if state.cross is not None and state.cross.holds(key):  # (B, H, S, D), which Attention would not take
+        if mask is not None and mask.window:
+            raise FormMismatch("a window over the vectors of an encoder")
         padding = None if mask is None or mask.padding is None else mask.padding.to(torch.int32)
         attributes = {"num_heads": heads, "scale": scale, "unidirectional": int(causal)}
         cached = (_flat(query), key, value, None, padding)

@@ -14,7 +14,7 @@ import gemini
 from gemini import search as module
 from gemini import trials
 from gemini.cli import main
-from gemini.errors import CheckpointError, GateError, UsageError
+from gemini.errors import CheckpointError, GateError, RecipeError, UsageError
 from gemini.runtime import load
 from gemini.runtime.bundle import read_bundle
 from gemini.search import search_recipes
@@ -196,6 +196,29 @@ def test_a_trial_that_cannot_be_made_does_not_end_the_search(searched, llama, tm
     results = search_recipes(llama, tmp_path / "b", max_drop=50, **options)
     assert [row["state"] for row in results["rows"]] == ["measured", "failed"]
     assert results["rows"][1]["why"] == "These units cannot be cut." and results["winner"] == "fp32"
+
+
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_a_model_whose_width_cannot_be_cut_loses_experts(has_experts, searched, llama, tmp_path, monkeypatch):
+    asked = []
+
+    def prune(_source, target, *, width=0.0, experts=0.0, **_):
+        asked.append({"width": width, "experts": experts})
+        if width or not has_experts:
+            raise RecipeError("No width can be cut." if width else "No experts.", "Do not.")
+        target.mkdir(parents=True)
+        part = {"perplexity": 1.0}
+        report = {"metric": "perplexity", "before": part, "after": part}
+        (target / "pruning.json").write_text(json.dumps(report))
+
+    copied_trials(monkeypatch, searched)
+    monkeypatch.setattr("gemini.trials.prune_checkpoint", prune)
+    options = {"ratios": (0, 0.5), "recipes": ("fp32",), "progress": False}
+    results = search_recipes(llama, tmp_path / "b", max_drop=50, **options)
+    assert asked[:2] == [{"width": 0.5, "experts": 0.0}, {"width": 0.0, "experts": 0.5}]
+    row = results["rows"][1]
+    assert row["state"] == ("measured" if has_experts else "failed")
+    assert has_experts or row["why"] == "No width can be cut."
 
 
 def test_ctrl_c_keeps_finished_trials_and_leaves_nothing_half_written(

@@ -7,7 +7,7 @@ from torch import nn
 
 from gemini.errors import ExportError, VerificationError
 from gemini.export import exporter, verify
-from gemini.export.forms import DECODER_FORMS
+from gemini.export.forms import DECODER_FORMS, ENCODER_DECODER_FORMS
 from gemini.export.trace_state import FormMismatch, tracing
 from gemini.export.twins.attention import attend
 from gemini.export.twins.mask import MaskMeaning, read_mask
@@ -121,3 +121,9 @@ def test_masks_are_read_by_probing():
     states = torch.zeros(1, 2, 4, 8)
     with tracing(DECODER_FORMS[0]), pytest.raises(FormMismatch, match="neither causal"):
         attend(nn.Module(), states, states, states, other)  # made, and used
+    with (
+        tracing(ENCODER_DECODER_FORMS[0]) as state,
+        pytest.raises(FormMismatch, match="vectors of an encoder"),
+    ):
+        state.cross = SimpleNamespace(holds=lambda key: True)
+        attend(nn.Module(), states, states, states, near)
