@@ -21,6 +21,7 @@ from gemini.export.twins.operators import CONTRIB, Packed, emit
 
 SMALLEST_BLOCK = 16
 _INTERLEAVED = 1
+_AS_THEY_ARE = 0  # else a GPU's kernel takes them to be in its own order
 
 
 class QuantizedExpertsTwin(Packed):
@@ -44,6 +45,7 @@ class QuantizedExpertsTwin(Packed):
             "block_size": size,
             "accuracy_level": INT8_ACTIVATIONS,
             "expert_weight_bits": layers[0].bits,
+            "weights_prepacked": _AS_THEY_ARE,
         }
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -197,6 +197,7 @@ def test_quantized_experts_export_with_float_arithmetic_equal_to_torch(name, spe
     graph = onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph
     nodes = [node for node in graph.node if node.op_type == "QMoE"]
     assert len(nodes) == 2 and not any(node.op_type == "MoE" for node in graph.node)
+    assert all(any(a.name == "weights_prepacked" and a.i == 0 for a in node.attribute) for node in nodes)
     assert exported.fusions["fuse_router"] == exported.fusions["keep_sequences"] == 2
     ids = np.array([[5, 9, 33, 7, 50]])
     found = _decode(_session(tmp_path / "decoder.onnx"), exported.model, ids.tolist(), [])
