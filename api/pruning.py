@@ -70,7 +70,8 @@ def prune_checkpoint(
     for what cannot be cut.
     """
     output = Path(output)
-    if not (layers or experts or heads or width or vocabulary):
+    calibrated = bool(layers or experts or heads or width)
+    if not (calibrated or vocabulary):
         raise UsageError(
             "Nothing is to be cut.", "Give --layers, --experts, --heads, --width or --vocabulary."
         )
@@ -86,16 +87,12 @@ def prune_checkpoint(
     if adapters and recover is None:
         raise UsageError("Adapters are named and nothing is to learn.", "Add --recover MINUTES.")
     if recover is not None:
-        if not (layers or experts or heads or width):
+        if not calibrated:
             raise UsageError("Leaving out tokens loses nothing to recover.", "Leave --recover out.")
         recovery = prepare_recovery(checkpoint, output, recover, None, learning, progress)
     with tempfile.TemporaryDirectory(prefix="gemini-edge-") as scratch:
         before = make_judge(checkpoint, evaluation, Path(scratch))
-        windows, described = (
-            _windows(checkpoint, learning, recovery, progress)
-            if layers or experts or heads or width
-            else ([], {})
-        )
+        windows, described = _windows(checkpoint, learning, recovery, progress) if calibrated else ([], {})
         made, cuts = checkpoint, []
         fitted: tuple[Refitted, ...] = ()
         # Noise stands for pictures here: it shows which layers matter, and nothing may be fitted to it.

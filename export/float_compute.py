@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from gemini.export.fusions.experts import ROUTER_WEIGHTS
 from gemini.export.fusions.patterns import (
     CONTRIB,
     first_input,
@@ -21,7 +22,7 @@ from gemini.export.fusions.patterns import (
 )
 
 FLOAT32 = 1
-_ZERO_POINTS, _WEIGHTS = 11, 14  # inputs of QMoE: the first of the zero points, and a router's weights
+_ZERO_POINTS = 11  # the first of the zero points among the inputs of QMoE
 _EXPERTS = (
     *("k", "normalize_routing_weights", "activation_type", "activation_alpha", "activation_beta"),
     *("swiglu_fusion", "swiglu_limit"),
@@ -115,7 +116,7 @@ def _convolution(node: ir.Node, output: ir.Value) -> list[ir.Node]:
 
 def _experts(node: ir.Node) -> list[ir.Node]:
     """There is no float kernel for 8 bits, so the weights are unpacked: by a look-up of every expert."""
-    inputs = [*node.inputs, *[None] * (_WEIGHTS + 1 - len(node.inputs))]
+    inputs = [*node.inputs, *[None] * (ROUTER_WEIGHTS + 1 - len(node.inputs))]
     x, routed, *products = inputs[:8]
     output, own = node.outputs[0], dict(node.attributes)
     assert products[0] is not None and products[0].const_value is not None, node
@@ -131,7 +132,7 @@ def _experts(node: ir.Node) -> list[ir.Node]:
         added.append(insert(node, "GatherBlockQuantized", packed, unpack, [output], CONTRIB))
         dense += [added[-1].outputs[0], bias]
     options: dict[str, Any] = {key: own[key] for key in _EXPERTS if key in own}
-    if inputs[_WEIGHTS] is None:
+    if inputs[ROUTER_WEIGHTS] is None:
         added.append(insert(node, "MoE", [x, routed, *dense], options, [output], CONTRIB))
     else:  # the operator has no weights beside what it chooses by, so these are made of their logarithms
         options |= {"normalize_routing_weights": 1}

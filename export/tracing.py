@@ -45,13 +45,13 @@ def trace(graph: Graph, opset: int = LOWEST_OPSET) -> ir.Model:
             try:
                 model = _converted(program, graph, opset)
             except Exception as again:
-                raise NotConverted(module, innermost(again)) from again
+                raise NotConverted(module, _innermost(again)) from again
     model.producer_name, model.producer_version = "gemini-edge", None
     model.doc_string = None
     return model
 
 
-def innermost(error: BaseException) -> BaseException:
+def _innermost(error: BaseException) -> BaseException:
     """The error that others were raised from."""
     while error.__cause__ is not None:
         error = error.__cause__

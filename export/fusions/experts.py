@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from gemini.export.fusions.patterns import constant, dims, first_input, like, only_user, produced_by, replace
 
-_ROUTED, _WEIGHTS = 1, 14  # inputs of QMoE: what experts are chosen by, and what they are weighed with
+_ROUTED, ROUTER_WEIGHTS = 1, 14  # inputs of QMoE: what experts are chosen by, and what they are weighed with
 _SHARES = "normalize_routing_weights"
 _FLOAT = int(ir.DataType.FLOAT)
 
@@ -23,7 +23,7 @@ def fuse_router(graph: ir.Graph) -> int:
     """Returns how many routers went into their operator."""
     count = 0
     for node in graph:
-        if node.op_type != "QMoE" or len(node.inputs) <= _WEIGHTS:
+        if node.op_type != "QMoE" or len(node.inputs) <= ROUTER_WEIGHTS:
             continue
         logits = _logits(node)
         if logits is None:
@@ -39,7 +39,7 @@ def keep_sequences(graph: ir.Graph) -> int:
     """Returns how many operators over experts take (B, S, H) instead of rows."""
     count = 0
     for node in graph:
-        if node.op_type != "QMoE" or len(node.inputs) > _WEIGHTS:  # weights have a row for each
+        if node.op_type != "QMoE" or len(node.inputs) > ROUTER_WEIGHTS:  # weights have a row for each
             continue
         flat, back = produced_by(node.inputs[0], "Reshape"), only_user(node.outputs[0])
         if flat is None or back is None or back.op_type != "Reshape":
@@ -62,7 +62,7 @@ def keep_sequences(graph: ir.Graph) -> int:
 def _logits(node: ir.Node) -> ir.Value | None:
     """What a router begins with that weighs experts as the operator does; None for any other."""
     scatter = produced_by(node.inputs[_ROUTED], "ScatterElements")
-    if scatter is None or node.inputs[_WEIGHTS] is not node.inputs[_ROUTED]:
+    if scatter is None or node.inputs[ROUTER_WEIGHTS] is not node.inputs[_ROUTED]:
         return None
     ground, chosen, weights = scatter.inputs
     zeros = produced_by(ground, "Expand")
@@ -110,4 +110,4 @@ def _over_last(softmax: ir.Node) -> bool:
 
 def _last(node: ir.Node) -> int:
     """The place of the last input that there is before the weights."""
-    return max(place for place, value in enumerate(node.inputs[:_WEIGHTS]) if value is not None)
+    return max(place for place, value in enumerate(node.inputs[:ROUTER_WEIGHTS]) if value is not None)

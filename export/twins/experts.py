@@ -15,11 +15,11 @@ from torch import nn
 from gemini.compress.experts import Experts, Gate, PackedStack, as_experts, is_stack
 from gemini.compress.modules import QuantizedLinear
 from gemini.compress.packing import pack_4bit, unpack_4bit
+from gemini.compress.select import SMALLEST_BLOCK
 from gemini.export.trace_state import FormMismatch
 from gemini.export.twins.linear import INT8_ACTIVATIONS
 from gemini.export.twins.operators import CONTRIB, Packed, emit
 
-SMALLEST_BLOCK = 16
 _INTERLEAVED = 1
 _AS_THEY_ARE = 0  # else a GPU's kernel takes them to be in its own order
 
