@@ -58,6 +58,7 @@ def compress_model(
     teacher: str | None = None,
     codes: bool = True,
     kv_cache: str | None = None,
+    gpu: bool = False,
     tune: bool = False,
     memory: float | None = None,
     reference: str | None = None,
@@ -76,6 +77,7 @@ def compress_model(
     model with the same vocabulary. A run that is cut off goes on when it is started again. ``codes``:
     those of 4-bit weights learn too, beside scales and norms.
     kv_cache: "int8" adds `QuantizeCache` to the recipe.
+    gpu: the bundle also holds graphs in half precision, which a GPU runs over the same weights.
     tune: the recipe's blocks are chosen by measurement on this machine (`gemini.tuning`).
     memory: GB (10^9 bytes) that may be held, by default what the machine has to spare; weights that would
     not fit are read from files (`gemini.model.disk`), which changes nothing else.
@@ -149,7 +151,9 @@ def compress_model(
         while True:
             resized = planner.resized if planner and target.size_mb is not None else None
             whole_recipe = replace(chosen, specs=(*chosen.specs, *extra))
-            manifest, size, again = _build(checkpoint, whole_recipe, feeds, folder, stages, recovery, resized)
+            manifest, size, again = _build(
+                checkpoint, whole_recipe, feeds, folder, stages, recovery, resized, gpu
+            )
             if not again:
                 score, latency = _measure(folder, judge, stages)
                 drop = loss_percent(judge.metric, score.get(judge.metric), judge.reference.get(judge.metric))
@@ -234,6 +238,7 @@ def _build(
     stages: Stages,
     recovery: Recovery | None,
     resized: Callable[[int], Recipe | None] | None,
+    gpu: bool,
 ) -> tuple[dict[str, Any], int, Recipe | None]:
     """Put the compressed bundle's files into ``folder``; returns the manifest, their bytes and, where
     ``resized`` has one, a recipe to try instead. The model stays as it was.
@@ -246,24 +251,29 @@ def _build(
         with stages("compress"):
             passes = run_recipe(checkpoint, recipe, feeds, stages.progress)
         if not recovery or resized:
-            manifest = _export(checkpoint, recipe, passes, folder, stages)
+            manifest = _export(checkpoint, recipe, passes, folder, stages, gpu)
             again = resized(_bytes(folder)) if resized else None
         if recovery and not again:
             with stages("recover"):
                 learned = recover_quantized(checkpoint.model, original, recovery, recipe, stages.progress)
-            manifest = _export(checkpoint, recipe, passes, folder, stages) | {"recovery": learned}
+            manifest = _export(checkpoint, recipe, passes, folder, stages, gpu) | {"recovery": learned}
             write_manifest(folder, manifest)
     return manifest, _bytes(folder), again
 
 
 def _export(
-    checkpoint: Checkpoint, recipe: Recipe, passes: Sequence[PassReport], folder: Path, stages: Stages
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    passes: Sequence[PassReport],
+    folder: Path,
+    stages: Stages,
+    gpu: bool,
 ) -> dict[str, Any]:
     """Write the model as it is now into ``folder``, over what is there."""
     for file in folder.iterdir():
         file.unlink()
     with stages("export and verify"):
-        exported = export_checkpoint(checkpoint, folder, stages.progress)
+        exported = export_checkpoint(checkpoint, folder, stages.progress, gpu)
     manifest = describe(checkpoint, exported)
     manifest |= {"recipe": recipe.to_dict(), "passes": [to_plain(asdict(p)) for p in passes]}
     write_companions(checkpoint, folder)

@@ -41,6 +41,7 @@ def host_facts(threads: int | None = None, provider: str | None = None) -> dict[
         "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
         "provider": provider,
+        "gpu": gpu_name() if provider == "cuda" else None,
         "memory_gib": _memory_gib(),
         "commit": source_commit(),
     }
@@ -58,6 +59,17 @@ def read_cpuinfo(path: str | Path = "/proc/cpuinfo") -> dict[str, Any]:
     flags = set((fields.get("flags") or fields.get("features") or "").split())
     model = fields.get("model name") or fields.get("hardware") or platform.processor() or "unknown"
     return {"model": model, "flags": [flag for flag in KERNEL_FLAGS if flag in flags]}
+
+
+def gpu_name() -> str | None:
+    """The first GPU and its driver, as nvidia-smi calls them; None where there is no such program."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    name, _, driver = found.strip().partition(", ")
+    return f"{name} (driver {driver})" if driver else name or None
 
 
 def source_commit(root: Path | None = None) -> str | None:

@@ -142,6 +142,11 @@ def describe(checkpoint: Checkpoint, exported: Exported) -> dict[str, Any]:
             "opsets": exported.opsets,
         },
     }
+    if exported.half_graphs:
+        manifest |= {
+            "half_graphs": exported.half_graphs,
+            "half_verification": exported.half_verification,
+        }
     if "decoder" in checkpoint.family:
         manifest["generation"] = _generation(checkpoint)
     if checkpoint.family == "encoder-decoder":

@@ -23,6 +23,7 @@ from gemini.export.float_compute import float_compute
 from gemini.export.forms import LADDERS, Form
 from gemini.export.fusions import fuse
 from gemini.export.graph_file import write_graph, write_weights
+from gemini.export.half_precision import HALF_ONLY, half_precision
 from gemini.export.lint import refuse_slow
 from gemini.export.operators import check_operators
 from gemini.export.trace_state import FormMismatch, tracing
@@ -52,6 +53,7 @@ class Exported:
     """What an export left in its folder, and what the manifest says about it."""
 
     graphs: dict[str, str]
+    half_graphs: dict[str, str]
     model: dict[str, Any]
     form: Form
     twins: dict[str, int]
@@ -61,20 +63,24 @@ class Exported:
     nodes: int
     bytes: dict[str, int]
     verification: dict[str, Any]
+    half_verification: dict[str, Any] | None
     refused: list[str]
 
 
-def export_checkpoint(checkpoint: Checkpoint, folder: Path, progress: bool = True) -> Exported:
+def export_checkpoint(
+    checkpoint: Checkpoint, folder: Path, progress: bool = True, gpu: bool = False
+) -> Exported:
     """Write the checkpoint's graphs and weights into ``folder`` (which exists); torch's module is left as it
     was.
 
-    Raises ExportError when no form of the ladder can express the model, with the reason of each refusal.
+    ``gpu``: also graphs in half precision, over the same weights (`gemini.export.half_precision`). Raises
+    ExportError when no form of the ladder can express the model, with the reason of each refusal.
     """
     caches = _caches(checkpoint)
     refused: list[str] = []
     for form in LADDERS[checkpoint.family]:
         try:
-            return _export_form(checkpoint, form, caches, folder, refused, progress)
+            return _export_form(checkpoint, form, caches, folder, refused, progress, gpu)
         except (FormMismatch, VerificationError) as reason:
             refused.append(f"{form}: {reason}")
         except (ExportError, OSError, KeyboardInterrupt):
@@ -105,6 +111,7 @@ def _export_form(
     folder: Path,
     refused: list[str],
     progress: bool,
+    gpu: bool,
 ) -> Exported:
     models, twins = _traced(checkpoint, form, caches)
     paths = {name: folder / f"{name}.onnx" for name in models}
@@ -131,11 +138,16 @@ def _export_form(
         if scales is not None:
             write_graph(models["decoder"], paths["decoder"])
             verify.verify_cache(paths["decoder"], checkpoint, form, caches.own, scales.pairs(), verification)
+        halves: dict[str, Path] = {}
+        if gpu:
+            halves, half_verification = _half_graphs(models, checkpoint, form, caches, folder)
     for name, model in models.items():
         write_graph(model, paths[name])
-        _check(paths[name])
+    for path in (*paths.values(), *halves.values()):
+        _check(path)
     return Exported(
         graphs={name: path.name for name, path in paths.items()},
+        half_graphs={name: path.name for name, path in halves.items()},
         model=_facts(checkpoint, form, caches),
         form=form,
         twins=dict(sorted(twins.items())),
@@ -143,8 +155,9 @@ def _export_form(
         operators=sorted(operators),
         opsets=dict(sorted(opsets.items())),
         nodes=sum(len(model.graph) for model in models.values()),
-        bytes=_by_component(sizes, [*paths.values()]),
+        bytes=_by_component(sizes, [*paths.values(), *halves.values()]),
         verification=verification.to_dict(),
+        half_verification=half_verification.to_dict() if halves else None,
         refused=list(refused),
     )
 
@@ -186,16 +199,46 @@ def _traced(checkpoint: Checkpoint, form: Form, caches: Caches) -> tuple[dict[st
 
 
 def _verified(
-    paths: dict[str, Path], checkpoint: Checkpoint, form: Form, caches: Caches
+    paths: dict[str, Path],
+    checkpoint: Checkpoint,
+    form: Form,
+    caches: Caches,
+    tolerance: float = verify.TOLERANCE,
 ) -> verify.Verification:
     if checkpoint.family == "encoder-decoder":
-        return verify_encoder_decoder.verify_encoder_decoder(paths, checkpoint, form, caches.own)
+        return verify_encoder_decoder.verify_encoder_decoder(paths, checkpoint, form, caches.own, tolerance)
     (path,) = paths.values()
     if checkpoint.family == "decoder":
-        return verify.verify_decoder(path, checkpoint, form, caches.own)
+        return verify.verify_decoder(path, checkpoint, form, caches.own, tolerance)
     if checkpoint.family == "encoder":
-        return verify.verify_encoder(path, checkpoint, form, graphs.encoder_graph(checkpoint).module)
-    return verify.verify_vision(path, checkpoint, form, graphs.vision_graph(checkpoint).module)
+        module = graphs.encoder_graph(checkpoint).module
+        return verify.verify_encoder(path, checkpoint, form, module, tolerance)
+    return verify.verify_vision(path, checkpoint, form, graphs.vision_graph(checkpoint).module, tolerance)
+
+
+def _half_graphs(
+    models: dict[str, ir.Model], checkpoint: Checkpoint, form: Form, caches: Caches, folder: Path
+) -> tuple[dict[str, Path], verify.Verification]:
+    """The same graphs for a GPU: in float16, or in float32 around operators that are float16 there.
+
+    The second is for activations that float16 cannot hold. ExportError if torch agrees with neither.
+    """
+    paths = {name: folder / f"{name}.half.onnx" for name in models}
+    scales = scales_of(checkpoint.model)
+    for only in ((), HALF_ONLY):
+        try:
+            for name, model in models.items():
+                with float_past(model):
+                    write_graph(half_precision(model, folder, only), paths[name])
+            verification = _verified(paths, checkpoint, form, caches, verify.HALF_TOLERANCE)
+            if scales is not None:
+                write_graph(half_precision(models["decoder"], folder, only), paths["decoder"])
+                own = scales.pairs()
+                verify.verify_cache(paths["decoder"], checkpoint, form, caches.own, own, verification)
+            return paths, verification
+        except (VerificationError, ExportError) as error:
+            reason = error.cause
+    raise ExportError(f"The model does not compute in half precision: {reason}", "Leave --gpu out.")
 
 
 def _check(path: Path) -> None:

@@ -73,11 +73,13 @@ class DecoderGraph(nn.Module):
         In a right-padded prefill seqlens_k + 1 - S is negative for the shorter rows, hence the clamp. The
         length of a shared buffer is its capacity, so it says nothing about positions.
         """
-        steps = torch.arange(input_ids.shape[1])[None]
         if not cache.shared:
+            steps = torch.arange(input_ids.shape[1])[None]
             return (steps + cache.past_length).expand(input_ids.shape[0], -1)
-        start = (seqlens_k.to(torch.int64) + 1 - input_ids.shape[1]).clamp(min=0)
-        return start[:, None] + steps
+        # Counted by a sum of ones: a shape would be computed on the CPU, and a GPU could not replay the step.
+        steps = (input_ids * 0 + 1).cumsum(1) - 1
+        start = (seqlens_k.to(torch.int64)[:, None] - steps[:, -1:]).clamp(min=0)
+        return start + steps
 
 
 class EncoderGraph(nn.Module):

@@ -21,6 +21,7 @@ from gemini.errors import VerificationError
 from gemini.export.forms import Form
 from gemini.export.graphs import sample_inputs
 from gemini.model.checkpoint import Checkpoint
+from gemini.runtime.checks import CACHE_DTYPES
 from gemini.runtime.schema import LayerShape
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -30,6 +31,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 TOLERANCE = 1e-3
 # A key at the border between two codes may get either of them: one of 127 steps in one channel of one token.
 CODES_TOLERANCE = 1e-2
+# The same of graphs in half precision. The first token of a text has activations of some thousands in many
+# models (arXiv:2402.17762), which 11 bits hold to 1: its logits are off by up to 2 %, others by 0.2 %.
+HALF_TOLERANCE = 5e-2
 STEPS = 3
 GREEDY = 8
 
@@ -44,7 +48,7 @@ class Case:
     new: int
     difference: float
     magnitude: float
-    tolerance: float = TOLERANCE
+    tolerance: float
 
     @property
     def passed(self) -> bool:
@@ -58,6 +62,7 @@ class Verification:
     form: str
     cases: list[Case] = field(default_factory=list)
     greedy_tokens: int = 0
+    tolerance: float = TOLERANCE
 
     @property
     def largest_difference(self) -> float:
@@ -72,11 +77,12 @@ class Verification:
         shape: tuple[int, int, int],
         actual: np.ndarray,
         expected: np.ndarray,
-        tolerance: float = TOLERANCE,
+        tolerance: float = 0.0,
     ) -> None:
-        """Add a case; VerificationError if it is out of tolerance."""
+        """Add a case; VerificationError if it is out of its tolerance and of that of all cases."""
         difference = float(np.abs(actual - expected).max())
-        case = Case(name, *shape, difference, float(np.abs(expected).max()), tolerance)
+        allowed = max(tolerance, self.tolerance)
+        case = Case(name, *shape, difference, float(np.abs(expected).max()), allowed)
         self.cases.append(case)
         if not case.passed:
             raise VerificationError(
@@ -96,9 +102,11 @@ def open_graph(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def verify_decoder(path: Path, checkpoint: Checkpoint, form: Form, layers: list[LayerShape]) -> Verification:
+def verify_decoder(
+    path: Path, checkpoint: Checkpoint, form: Form, layers: list[LayerShape], tolerance: float = TOLERANCE
+) -> Verification:
     """Prefill (ragged if the form allows), decode steps, a chunk, greedy tokens."""
-    verification = Verification(str(form))
+    verification = Verification(str(form), tolerance=tolerance)
     session = open_graph(path)
     ids = sample_inputs(checkpoint, batch=3, length=12)["input_ids"].numpy()
     expected = [_torch_logits(checkpoint, row) for row in ids]
@@ -121,13 +129,17 @@ def verify_decoder(path: Path, checkpoint: Checkpoint, form: Form, layers: list[
     logits = run(ids[:1, 7:], [ids.shape[1]])
     verification.record("chunk of one row", (1, 7, 5), logits[0], expected[0][7:])
     verification.greedy_tokens = verify_greedy(
-        run, lambda tokens: _torch_logits(checkpoint, tokens), ids[0], logits[0, -1]
+        run, lambda tokens: _torch_logits(checkpoint, tokens), ids[0], logits[0, -1], tolerance
     )
     return verification
 
 
 def verify_greedy(
-    run: DecoderRun, torch_logits: Callable[[np.ndarray], np.ndarray], prompt: np.ndarray, logits: np.ndarray
+    run: DecoderRun,
+    torch_logits: Callable[[np.ndarray], np.ndarray],
+    prompt: np.ndarray,
+    logits: np.ndarray,
+    tolerance: float,
 ) -> int:
     """Generate with the graph, then let torch score the text: its best tokens must be the same."""
     tokens = list(prompt)
@@ -137,7 +149,7 @@ def verify_greedy(
     reference = torch_logits(np.array(tokens))[len(prompt) - 1 : -1]
     chosen = np.array(tokens[len(prompt) :])
     margin = reference.max(-1) - reference[np.arange(GREEDY), chosen]
-    if (margin > TOLERANCE * max(1.0, float(np.abs(reference).max()))).any():
+    if (margin > tolerance * max(1.0, float(np.abs(reference).max()))).any():
         raise VerificationError(
             "Greedy generation with the graph leaves the tokens that torch prefers.",
             "This form of the model is wrong; please report the architecture.",
@@ -173,7 +185,7 @@ def verify_cache(
     session = open_graph(path)
     ids = sample_inputs(checkpoint, batch=2, length=12)["input_ids"].numpy()
     expected = [_torch_logits(checkpoint, row, RoundedCache(scales)) for row in ids]
-    run = DecoderRun(session, form, layers, batch=2, capacity=ids.shape[1], dtype=np.int8)
+    run = DecoderRun(session, form, layers, batch=2, capacity=ids.shape[1])
     logits = run(ids[:, :9], [9, 5])
     for row, length in enumerate((9, 5)):
         verification.record(
@@ -186,7 +198,7 @@ def verify_cache(
     logits = run(np.stack([ids[0, 9:10], ids[1, 5:6]]), [10, 6])
     reference = np.stack([expected[0][9:10], expected[1][5:6]])
     verification.record("8-bit cache, decode step", (2, 9, 1), logits, reference, CODES_TOLERANCE)
-    run = DecoderRun(session, form, layers, batch=1, capacity=ids.shape[1], dtype=np.int8)
+    run = DecoderRun(session, form, layers, batch=1, capacity=ids.shape[1])
     run(ids[:1, :7], [7])
     logits = run(ids[:1, 7:], [ids.shape[1]])
     verification.record("8-bit cache, chunk", (1, 7, 5), logits[0], expected[0][7:], CODES_TOLERANCE)
@@ -203,11 +215,12 @@ class DecoderRun:
         batch: int,
         capacity: int,
         constants: dict[str, np.ndarray] | None = None,
-        dtype: type[np.number] = np.float32,
     ) -> None:
         self.session, self.constants = session, constants or {}
+        types = {node.name: node.type for node in session.get_inputs()}
+        dtype = CACHE_DTYPES[types["past.0.key"]]
         past = capacity if form.shared_cache else 0
-        self.cache = {
+        self.cache: dict[str, np.ndarray] = {
             f"past.{i}.{part}": np.zeros((batch, layer.kv_heads, past, width), dtype)
             for i, layer in enumerate(layers)
             for part, width in (("key", layer.key_dim), ("value", layer.value_dim))
@@ -235,10 +248,10 @@ def _torch_logits(checkpoint: Checkpoint, row: np.ndarray, cache: DynamicCache |
 
 
 def verify_encoder(
-    path: Path, checkpoint: Checkpoint, form: Form, reference: torch.nn.Module
+    path: Path, checkpoint: Checkpoint, form: Form, reference: torch.nn.Module, tolerance: float = TOLERANCE
 ) -> Verification:
     """Batches of one and three, with and without padding; ``reference`` pools as the graph does."""
-    verification = Verification(str(form))
+    verification = Verification(str(form), tolerance=tolerance)
     session = open_graph(path)
     for batch, length, kept in ((3, 11, (11, 6, 1)), (1, 8, (8,)), (2, 2, (2, 2))):
         inputs = sample_inputs(checkpoint, batch, length)
@@ -249,9 +262,11 @@ def verify_encoder(
     return verification
 
 
-def verify_vision(path: Path, checkpoint: Checkpoint, form: Form, reference: torch.nn.Module) -> Verification:
+def verify_vision(
+    path: Path, checkpoint: Checkpoint, form: Form, reference: torch.nn.Module, tolerance: float = TOLERANCE
+) -> Verification:
     """Batches of one and three."""
-    verification = Verification(str(form))
+    verification = Verification(str(form), tolerance=tolerance)
     session = open_graph(path)
     for batch in (1, 3):
         _compare(verification, session, sample_inputs(checkpoint, batch), reference, f"{batch} images")

@@ -14,7 +14,7 @@ import torch
 
 from gemini.export.encoder_decoder import reads_images_beside_text, reads_text, sample_ids
 from gemini.export.forms import Form
-from gemini.export.verify import GREEDY, STEPS, DecoderRun, Verification, open_graph, verify_greedy
+from gemini.export.verify import GREEDY, STEPS, TOLERANCE, DecoderRun, Verification, open_graph, verify_greedy
 from gemini.model.checkpoint import Checkpoint
 from gemini.model.vision import sample_pixels
 from gemini.runtime.schema import LayerShape
@@ -24,10 +24,14 @@ PREFIX = 5
 
 
 def verify_encoder_decoder(
-    paths: dict[str, Path], checkpoint: Checkpoint, form: Form, layers: list[LayerShape]
+    paths: dict[str, Path],
+    checkpoint: Checkpoint,
+    form: Form,
+    layers: list[LayerShape],
+    tolerance: float = TOLERANCE,
 ) -> Verification:
     """Padded and single sources, with and without an image: prefill, decode steps, a chunk, greedy tokens."""
-    verification = Verification(str(form))
+    verification = Verification(str(form), tolerance=tolerance)
     sessions = {name: open_graph(path) for name, path in paths.items()}
     for name, request in _requests(checkpoint.model).items():
         _verify_request(verification, sessions, checkpoint.model, form, layers, name, request)
@@ -85,7 +89,11 @@ def _verify_request(
     logits = run(ids[:, 1:], [total])
     verification.record(f"chunk, {name}", (1, 1, total - 1), logits, expected[:, 1:])
     verification.greedy_tokens += verify_greedy(
-        run, lambda tokens: _torch_logits(model, request, tokens[None])[0], ids[0], logits[0, -1]
+        run,
+        lambda tokens: _torch_logits(model, request, tokens[None])[0],
+        ids[0],
+        logits[0, -1],
+        verification.tolerance,
     )
 
 

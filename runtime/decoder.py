@@ -18,16 +18,17 @@ import onnxruntime as ort
 from numpy.typing import ArrayLike, NDArray
 
 from gemini.errors import RequestError
-from gemini.runtime import kv
+from gemini.runtime import kv, replay
 from gemini.runtime.checks import LENGTH_INPUTS, cache_dtype, checked_row, checked_rows
 from gemini.runtime.prefixes import Prefix, PrefixCache
+from gemini.runtime.replay import Recording
 from gemini.runtime.schema import DecoderModel
-from gemini.runtime.session import Graph, run_bound
+from gemini.runtime.session import Graph, run_bound, run_failed
 
 # A longer prompt of one row is read in pieces, so that activations need memory for so many tokens only: as
 # fast as in one call, with a third of the memory (benchmarks/LOG.md). GroupQueryAttention takes several new
-# tokens over a past for one row only, so a batch is read at once.
-CHUNK = 256
+# tokens over a past for one row only, so a batch is read at once. A GPU needs more tokens to be busy.
+CHUNK = {"cpu": 256, "cuda": 4096}
 
 
 class Decoder:
@@ -50,6 +51,8 @@ class Decoder:
         self.context_length = model.context_length
         self._constants, self._suppressed = dict(constants or {}), list(suppressed)
         self._names = kv.cache_names(model.layers)
+        self._recordings = graph.recordings if model.cache == "shared" and not self._constants else None
+        self._recording: Recording | None = None  # whose buffers the cache is then
         self._values: list[ort.OrtValue] = []
         self._arrays: dict[str, np.ndarray] = {}
         self._feeds: dict[str, ort.OrtValue] = {}
@@ -93,11 +96,12 @@ class Decoder:
         return logits
 
     def _prefill_row(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Prefill of one row, from what is known of it, CHUNK tokens a call."""
+        """Prefill of one row, from what is known of it, so many tokens a call."""
         done = self._begin_from_prefix(row)
         self._lengths = np.array([done], np.int32)
-        for start in range(done, row.size, CHUNK):
-            chunk = row[start : start + CHUNK]
+        size = CHUNK[self._graph.device]
+        for start in range(done, row.size, size):
+            chunk = row[start : start + size]
             self._advance(chunk)
             self._arrays["logit_positions"][:] = chunk.size - 1
             self._binding.bind_ortvalue_input("input_ids", kv.to_device(chunk[None], self._graph.device))
@@ -115,6 +119,8 @@ class Decoder:
                 "Prefill, then one token a row.",
             )
         self._advance(chosen)
+        if self._recording is not None:
+            return self._replay(chosen)
         self._arrays["input_ids"][:, 0] = chosen
         return self._run(step=True)
 
@@ -193,6 +199,7 @@ class Decoder:
     def close(self) -> None:
         """Free all buffers; a new prefill allocates them again."""
         self._keep_prefix()
+        self._return_recording()
         self._values, self._arrays, self._feeds, self._capacity = [], {}, {}, 0
         self._lengths, self._several = np.zeros(0, np.int32), self._several[:0].copy()
         if hasattr(self, "_binding"):
@@ -200,10 +207,7 @@ class Decoder:
 
     def _start(self, batch: int, width: int) -> None:
         planned = min(width + self._new_tokens, self._model.context_length)
-        shared = self._model.cache == "shared"
-        self._capacity = kv.round_up(planned, self._model.context_length) if shared else 0
-        dtype = cache_dtype(self._graph)
-        self._values = kv.allocate(self._model.layers, batch, self._capacity, self._graph.device, dtype)
+        self._values, self._capacity = self._cache(batch, planned)
         self._arrays = {
             "input_ids": np.zeros((batch, 1), np.int64),
             "seqlens_k": np.zeros(batch, np.int32),
@@ -219,6 +223,22 @@ class Decoder:
             self._binding.bind_ortvalue_input(name, value)
         self._binding.bind_ortvalue_output("logits", self._feeds["logits"])
         self._bind_cache()
+
+    def _cache(self, batch: int, planned: int) -> tuple[list[ort.OrtValue], int]:
+        """Buffers of keys and values for so many tokens at least, and for how many."""
+        self._return_recording()
+        limit, dtype = self._model.context_length, cache_dtype(self._graph)
+        if self._recordings is not None:
+            room = replay.round_up(planned, limit)
+            self._recording = self._recordings.take(self._model, batch, room, dtype)
+            return self._recording.values, room
+        room = kv.round_up(planned, limit) if self._model.cache == "shared" else 0
+        return kv.allocate(self._model.layers, batch, room, self._graph.device, dtype), room
+
+    def _return_recording(self) -> None:
+        if self._recordings is not None and self._recording is not None:
+            self._recordings.give_back(self._recording)
+        self._recording = None
 
     def _bind_step_inputs(self, names: Sequence[str] = ("logit_positions", *LENGTH_INPUTS)) -> None:
         for name in names:
@@ -275,12 +295,15 @@ class Decoder:
         self._prefixes.keep(Prefix(self._tokens[:size].copy(), values))
 
     def _grow(self, total: int) -> None:
-        capacity = kv.round_up(total, self._model.context_length)
+        old, recording = self._values, self._recording
+        self._recording = None  # given back when its contents are copied
         try:
-            self._values = kv.grow(self._values, int(self._lengths.max()), capacity, self._graph.device)
+            self._values, self._capacity = self._cache(self._lengths.size, total)
+            kv.copy(old, self._values, int(self._lengths.max()))
         except MemoryError as error:
-            raise kv.too_large(self._lengths.size, capacity) from error
-        self._capacity = capacity
+            raise kv.too_large(self._lengths.size, total) from error
+        if self._recordings is not None and recording is not None:
+            self._recordings.give_back(recording)
         self._bind_cache()
 
     def _run(self, step: bool = False) -> NDArray[np.float32]:
@@ -298,6 +321,17 @@ class Decoder:
             self._binding.bind_ortvalue_output("logits", self._feeds["logits"])
             self._bind_cache()
         return self._suppress(self._arrays["logits"][:, 0])
+
+    def _replay(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        assert self._recording is not None and self._recordings is not None
+        self._whole = False
+        try:
+            with self._recordings.lock:
+                logits = self._recording.step(tokens, self._arrays["seqlens_k"])
+        except Exception as error:
+            raise run_failed(error) from error
+        self._whole = True
+        return self._suppress(logits)
 
     def _suppress(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         if self._suppressed:

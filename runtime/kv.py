@@ -47,19 +47,19 @@ def allocate(
     ]
 
 
-def grow(values: Sequence[ort.OrtValue], used: int, capacity: int, device: str) -> list[ort.OrtValue]:
-    """Larger buffers that begin with the first ``used`` tokens of the old ones.
+def copy(values: Sequence[ort.OrtValue], larger: Sequence[ort.OrtValue], used: int) -> None:
+    """Let larger buffers begin with the first ``used`` tokens of others.
 
     Device buffers pass through host memory: onnxruntime copies whole tensors only, and growth is rare.
     """
-    larger = []
-    for value in values:
-        old = value.numpy()
-        batch, heads, _, dim = old.shape
-        new = np.zeros((batch, heads, capacity, dim), old.dtype)
-        new[:, :, :used] = old[:, :, :used]
-        larger.append(to_device(new, device))
-    return larger
+    for old, new in zip(values, larger, strict=True):
+        tokens = old.numpy()[:, :, :used]
+        if new.device_name() == "cpu":
+            new.numpy()[:, :, :used] = tokens
+        else:
+            whole = np.zeros(new.shape(), tokens.dtype)
+            whole[:, :, :used] = tokens
+            new.update_inplace(whole)
 
 
 def to_device(array: np.ndarray, device: str) -> ort.OrtValue:

@@ -79,7 +79,14 @@ def parse_manifest(data: bytes) -> Manifest:
     for name in GRAPHS_OF_FAMILY[family]:
         if name not in graphs:
             raise damaged(f"manifest.json names no graph '{name}'")
-    for name in graphs.values():
+    halves = (
+        {key: root.section("half_graphs").text(key) for key in root.section("half_graphs").names()}
+        if "half_graphs" in root.values
+        else {}
+    )
+    if halves and set(halves) != set(graphs):
+        raise damaged("manifest.json names other graphs in half precision than in float32")
+    for name in (*graphs.values(), *halves.values()):
         if name not in files:
             raise damaged(f"the graph {name!r} is not listed in 'files'")
     return Manifest(
@@ -88,6 +95,7 @@ def parse_manifest(data: bytes) -> Manifest:
         family=family,
         digest=digest,
         graphs=graphs,
+        half_graphs=halves,
         files=files,
         model=_MODELS[family](root.section("model")),
         generation=_generation(root),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from gemini.errors import DeviceError
 
 DEVICES = ("auto", "cpu", "cuda")
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 Provider = tuple[str, dict[str, str]]
+RECORD = {"enable_cuda_graph": "1"}  # beside the options of CUDA: steps may be recorded and replayed
 
 
 def provider_list(device: str, available: Sequence[str]) -> list[Provider]:
@@ -31,13 +34,20 @@ def provider_list(device: str, available: Sequence[str]) -> list[Provider]:
     return [(CUDA, cuda_options()), (CPU, {})]
 
 
-def cuda_options(device_id: int = 0) -> dict[str, str]:
+def cuda_options() -> dict[str, str]:
     """CUDA options: the arena takes what is asked for instead of doubling, as KV buffers are large."""
-    return {
-        "device_id": str(device_id),
-        "arena_extend_strategy": "kSameAsRequested",
-        "do_copy_in_default_stream": "1",
-    }
+    return {"arena_extend_strategy": "kSameAsRequested", "do_copy_in_default_stream": "1"}
+
+
+def load_libraries() -> None:
+    """CUDA and cuDNN out of packages named nvidia-*, where they are installed beside onnxruntime.
+
+    onnxruntime finds those of the system by itself. It prints what it does not find, which is no error yet.
+    """
+    from onnxruntime import preload_dlls
+
+    with redirect_stdout(io.StringIO()):
+        preload_dlls()
 
 
 def active_device(device: str, asked: Sequence[Provider], active: Sequence[str]) -> str:

@@ -130,6 +130,7 @@ class Manifest:
     family: str
     digest: str
     graphs: Mapping[str, str]
+    half_graphs: Mapping[str, str]  # the same in float16 for a GPU; empty where there are none
     files: Mapping[str, FileEntry]
     model: DecoderModel | EncoderModel | VisionModel | EncoderDecoderModel
     generation: GenerationInfo

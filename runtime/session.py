@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from gemini.errors import BundleError, UsageError
+from gemini.errors import BundleError, DeviceError, UsageError
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.hugepages import use_huge_pages_soon
-from gemini.runtime.providers import active_device, provider_list
+from gemini.runtime.providers import CPU, CUDA, RECORD, Provider, active_device, load_libraries, provider_list
+from gemini.runtime.replay import Recordings, records, run_options
 from gemini.runtime.threads import usable_threads
 
 _REMEDY = "Run `gemini-edge verify` on the bundle, or compress the model again with this release."
@@ -27,6 +30,7 @@ class Graph:
     threads: int
     inputs: Mapping[str, tuple[str, tuple[Any, ...]]]
     outputs: Mapping[str, tuple[str, tuple[Any, ...]]]
+    recordings: Recordings | None = None  # of a session whose steps a GPU may replay
 
 
 # On CPU the fused norm takes twice the time of the two nodes that it replaces (benchmarks/LOG.md).
@@ -58,7 +62,7 @@ def session_options(threads: int, spinning: bool = True) -> ort.SessionOptions:
 def open_graph(
     bundle: Bundle, key: str, device: str = "auto", threads: int | None = None, spinning: bool = True
 ) -> Graph:
-    """Load the graph ``key`` of a bundle.
+    """Load the graph ``key`` of a bundle: on CUDA that in half precision, on the CPU that in float32.
 
     ``threads`` defaults to what the cgroup and the affinity mask allow. Raises DeviceError when the device
     is not active after loading, BundleError when onnxruntime cannot load the graph, UsageError for a bad
@@ -67,22 +71,24 @@ def open_graph(
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError(f"The thread count {threads!r} is not a positive integer.", "Use 1 or more threads.")
     count = usable_threads() if threads is None else threads
+    options = session_options(count, spinning)
     asked = provider_list(device, ort.get_available_providers())
-    path = bundle.graph(key)
-    try:
-        # enable_fallback=0: onnxruntime must not rebuild the session on the CPU when a provider fails.
-        session = ort.InferenceSession(
-            str(path),
-            session_options(count, spinning),
-            providers=list(asked),
-            enable_fallback=0,
-            disabled_optimizers=_SLOW_OPTIMIZERS,
-        )
-    except Exception as error:  # onnxruntime raises a dozen types that share no base class
-        raise BundleError(f"onnxruntime cannot load {path.name} ({_first_line(error)}).", _REMEDY) from error
-    session.disable_fallback()
+    half = bool(bundle.manifest.half_graphs) and asked[0][0] == CUDA
+    if asked[0][0] == CUDA and not half:
+        if device == "cuda":
+            raise DeviceError(
+                "The bundle has no graphs for a GPU.", "Compress the model again with --gpu, or use the CPU."
+            )
+        asked = [(CPU, {})]
+    if half:
+        load_libraries()
+    # Only one row of a step is the same work at every call; the decoder of a pair also has its source.
+    replays = half and key == bundle.manifest.family == "decoder"
+    session = _open(bundle.graph(key, half), options, asked, replays)
     active = active_device(device, asked, session.get_providers())
     if active == "cpu":
+        if half:
+            session, replays = _open(bundle.graph(key), options, [(CPU, {})], False), False
         use_huge_pages_soon()
     return Graph(
         session,
@@ -90,7 +96,26 @@ def open_graph(
         count,
         {node.name: (node.type, tuple(node.shape)) for node in session.get_inputs()},
         {node.name: (node.type, tuple(node.shape)) for node in session.get_outputs()},
+        Recordings(session) if replays and records(session) else None,
     )
+
+
+def _open(
+    path: Path, options: ort.SessionOptions, asked: Sequence[Provider], replays: bool
+) -> ort.InferenceSession:
+    """``replays``: with steps that are recorded, where every node of the graph has a kernel for the GPU."""
+    wanted = [(name, {**own, **RECORD} if replays and name == CUDA else own) for name, own in asked]
+    try:
+        # enable_fallback=0: onnxruntime must not rebuild the session on the CPU when a provider fails.
+        session = ort.InferenceSession(
+            str(path), options, providers=wanted, enable_fallback=0, disabled_optimizers=_SLOW_OPTIMIZERS
+        )
+    except Exception as error:  # onnxruntime raises a dozen types that share no base class
+        if replays:
+            return _open(path, options, asked, False)
+        raise BundleError(f"onnxruntime cannot load {path.name} ({_first_line(error)}).", _REMEDY) from error
+    session.disable_fallback()
+    return session
 
 
 def require(
@@ -107,7 +132,8 @@ def require(
 def run_graph(graph: Graph, output: str, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
     """One output of the graph for CPU arrays; a failure inside onnxruntime is a BundleError."""
     try:
-        (result,) = graph.session.run([output], dict(feeds))
+        with _turn(graph) as options:
+            (result,) = graph.session.run([output], dict(feeds), options)
     except Exception as error:
         raise run_failed(error) from error
     return np.asarray(result)
@@ -116,9 +142,20 @@ def run_graph(graph: Graph, output: str, feeds: Mapping[str, np.ndarray]) -> np.
 def run_bound(graph: Graph, binding: ort.IOBinding) -> None:
     """Run with everything bound beforehand; a failure inside onnxruntime is a BundleError."""
     try:
-        graph.session.run_with_iobinding(binding)
+        with _turn(graph) as options:
+            graph.session.run_with_iobinding(binding, options)
     except Exception as error:
         raise run_failed(error) from error
+
+
+@contextmanager
+def _turn(graph: Graph) -> Iterator[ort.RunOptions | None]:
+    """The options of a run that is not recorded, when it is this one's turn."""
+    if graph.recordings is None:
+        yield None
+        return
+    with graph.recordings.lock:
+        yield run_options()
 
 
 def run_failed(error: Exception) -> BundleError:

@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     peers.add_argument(
         "--peers",
         metavar="FILE",
-        help="TOML file of other runtimes to compare with on the CPU; `help` says how to set them up",
+        help="TOML file of other runtimes to compare with, on the CPU or, with --device cuda, a GPU; `help` "
+        "says how to set them up",
     )
     peers.add_argument(
         "--sweep",
@@ -109,9 +110,10 @@ def _compare(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any
     from gemini.benchmarks.peers.run import run_peers
     from gemini.benchmarks.peers.table import conditions, failures, sweep_tables, table_cells
 
-    if args.device not in ("auto", "cpu"):
-        raise UsageError("Peers are compared on the CPU.", "Leave --device out.")
-    result = run_peers(args.bundles, Path(args.peers), sweeps=args.sweep or (), **options)
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"The device {args.device!r} is unknown.", "Use cpu or cuda.")
+    device = "cuda" if args.device == "cuda" else "cpu"
+    result = run_peers(args.bundles, Path(args.peers), sweeps=args.sweep or (), device=device, **options)
     parts = [columns_of_text(table_cells(result)), "\n".join(failures(result)), sweep_tables(result)]
     print("\n\n".join(part for part in (*parts, conditions(result)) if part))
     return result

@@ -88,6 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "faster the longer the text; prompts are read more slowly",
     )
     parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="also write the graphs in half precision, over the same weights: what --device cuda runs",
+    )
+    parser.add_argument(
         "--tune",
         action="store_true",
         help="of the blocks that cost about as much accuracy as the recipe's, take those that this machine "
@@ -146,8 +151,11 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
 
     if other := _given(args, ("recipe", "target_size", "target_bpw")):
         raise UsageError(f"{other} says what to make, --search looks for it.", "Leave one of them out.")
-    if args.tune:
-        raise UsageError("--tune is not part of a search.", "Leave it out, and compress the winner with it.")
+    for option in ("tune", "gpu"):
+        if getattr(args, option):
+            raise UsageError(
+                f"--{option} is not part of a search.", "Leave it out, and compress the winner with it."
+            )
     if other := _given(args, ("recover", "teacher", "learn", "kv_cache", "memory")):
         raise UsageError(
             f"{other} is not part of a search.", "Leave it out, and compress the winner again with it."
@@ -201,6 +209,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         teacher=args.teacher,
         codes=args.learn != "scales",
         kv_cache=args.kv_cache,
+        gpu=args.gpu,
         tune=args.tune,
         memory=args.memory,
         force=args.force,

@@ -15,9 +15,12 @@ def random_batch(vocab_size: int, rows: int, tokens: int, number: int) -> list[l
     return [random_prompt(tokens, vocab_size, seed)[0].tolist() for seed in seeds]
 
 
-def ask_load(process: PeerProcess, peer: Peer, threads: int, timeout: float) -> dict[str, Any]:
+def ask_load(
+    process: PeerProcess, peer: Peer, threads: int, timeout: float, device: str = "cpu"
+) -> dict[str, Any]:
     """Load the model; {"versions": {package: version}, "bytes_per_token": int or None}."""
-    answer = process.ask({"do": "load", "model": str(peer.model), "threads": threads}, timeout)
+    request = {"do": "load", "model": str(peer.model), "threads": threads, "device": device}
+    answer = process.ask(request, timeout)
     versions, weights = answer.get("versions"), answer.get("bytes_per_token")
     if not isinstance(versions, dict) or not (weights is None or (isinstance(weights, int) and weights > 0)):
         raise PeerError(f"it answers {answer!r} to load"[:300])

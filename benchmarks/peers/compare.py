@@ -38,6 +38,7 @@ class Settings:
     repeat: int = 5
     starts: int = 3
     timeout: float = 300.0
+    device: str = "cpu"
 
 
 @dataclass
@@ -70,12 +71,15 @@ def compare(peers: Sequence[Peer], windows: Sequence[Sequence[int]], settings: S
     with ExitStack() as stack:
         for row in alive(rows):
             with leaving(row):
-                row.process = stack.enter_context(open_process(row.peer, settings.threads))
-                row.facts = ask_load(row.process, row.peer, settings.threads, settings.timeout)
+                row.process = stack.enter_context(open_process(row.peer, settings.threads, settings.device))
+                row.facts = ask_load(
+                    row.process, row.peer, settings.threads, settings.timeout, settings.device
+                )
                 row.process.pause()
         for number in tqdm(range(WARMUP + settings.repeat), "rounds", disable=None, leave=False):
             batch = _prompt(settings, number)
-            bandwidth = max(bandwidth, _bandwidth(rows, settings.threads))
+            if settings.device == "cpu":
+                bandwidth = max(bandwidth, _bandwidth(rows, settings.threads))
             for row in alive(rows):
                 with leaving(row), turn(row) as process:
                     run = ask_run(process, batch, settings.new_tokens, settings.timeout)
@@ -94,7 +98,7 @@ def compare(peers: Sequence[Peer], windows: Sequence[Sequence[int]], settings: S
         **asdict(settings),
         "warmup": WARMUP,
         "cpus": pinned_cpus(settings.threads),
-        "host": host_facts(settings.threads, "cpu"),
+        "host": host_facts(settings.threads, settings.device),
         "read_gib_per_second": bandwidth,
         "peers": [_result(row, rows[0], settings, bandwidth) for row in rows],
     }
@@ -131,11 +135,11 @@ def pinned_cpus(threads: int) -> list[int]:
     return sorted(allowed)[:threads]
 
 
-def open_process(peer: Peer, threads: int) -> PeerProcess:
+def open_process(peer: Peer, threads: int, device: str = "cpu") -> PeerProcess:
     """Start a peer's adapter. PeerError when its interpreter or its model is not there."""
     if not peer.model.exists():
         raise PeerError(f"there is no model {peer.model}")
-    return PeerProcess(peer.command, threads, pinned_cpus(threads), own_path=peer.ours)
+    return PeerProcess(peer.command, threads, pinned_cpus(threads), own_path=peer.ours, device=device)
 
 
 def paired_ratios(rates: Sequence[float], first: Sequence[float]) -> dict[str, float]:
@@ -150,8 +154,8 @@ def _prompt(settings: Settings, number: int) -> list[list[int]]:
 
 def _start_once(peer: Peer, batch: list[list[int]], settings: Settings) -> float:
     """Seconds from starting the interpreter to the first token of a prompt."""
-    with open_process(peer, settings.threads) as process:
-        ask_load(process, peer, settings.threads, settings.timeout)
+    with open_process(peer, settings.threads, settings.device) as process:
+        ask_load(process, peer, settings.threads, settings.timeout, settings.device)
         ask_run(process, batch, 0, settings.timeout)
         return process.age()
 

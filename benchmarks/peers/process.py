@@ -18,10 +18,9 @@ from typing import IO, Any
 
 ADAPTERS = Path(__file__).parent / "adapters"
 LONGEST_ANSWER = 64 << 20  # bytes
-# One thread count for every library that picks its own, no accelerator, and nothing that leaves the machine.
+# One thread count for every library that picks its own, and nothing that leaves the machine.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _QUIET = {
-    "CUDA_VISIBLE_DEVICES": "",
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
@@ -43,9 +42,15 @@ class PeerProcess:
     """
 
     def __init__(
-        self, command: Sequence[str], threads: int, cpus: Sequence[int], own_path: bool = False
+        self,
+        command: Sequence[str],
+        threads: int,
+        cpus: Sequence[int],
+        own_path: bool = False,
+        device: str = "cpu",
     ) -> None:
-        """command: interpreter and script. own_path: keep PYTHONPATH, which else is not the peer's.
+        """command: interpreter and script. own_path: keep PYTHONPATH, which else is not the peer's. On the
+        CPU no accelerator is to be seen.
 
         Raises PeerError when the interpreter cannot be started.
         """
@@ -53,6 +58,8 @@ class PeerProcess:
         # Packages come compiled from their installers; a checkout compiles itself once, if it may.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         environment |= _QUIET | dict.fromkeys(_THREADS, str(threads))
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         # Without a name, so nothing is left behind even when this process is killed.
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._unread, self._closed = b"", False

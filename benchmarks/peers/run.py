@@ -38,6 +38,7 @@ def run_peers(
     text: Path | None = None,
     sweeps: Sequence[str] = (),
     timeout: float = 300.0,
+    device: str = "cpu",
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Compare bundles with the peers of a TOML file; the first bundle is what ratios refer to.
@@ -71,6 +72,7 @@ def run_peers(
         repeat=repeat,
         starts=min(STARTS, repeat),
         timeout=timeout,
+        device=device,
     )
     result = compare(field, pieces, settings)
     measured = [row["name"] for row in result["peers"] if row["error"] is None]

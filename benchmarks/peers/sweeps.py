@@ -39,8 +39,8 @@ def run_sweep(kind: str, peers: Sequence[Peer], settings: Settings) -> list[dict
         with ExitStack() as stack:
             for row in rows:
                 with leaving(row):
-                    row.process = stack.enter_context(open_process(row.peer, threads))
-                    ask_load(row.process, row.peer, threads, settings.timeout)
+                    row.process = stack.enter_context(open_process(row.peer, threads, settings.device))
+                    ask_load(row.process, row.peer, threads, settings.timeout, settings.device)
                     ask_run(row.process, random_batch(settings.vocab_size, 1, PROMPT, 0), 2, settings.timeout)
                     row.process.pause()
             for value in tqdm(values, f"{kind} sweep", disable=None, leave=False):

@@ -37,9 +37,11 @@ def conditions(result: Mapping[str, Any]) -> str:
     versions = {name: version for peer in reversed(peers) for name, version in peer["versions"].items()}
     scored = max((peer["scored_tokens"] for peer in peers), default=0)
     commit = f", commit {host['commit']}" if host.get("commit") else ""
+    speed = result["read_gib_per_second"]
+    machine = [host.get("gpu"), host["cpu"], _count(result["threads"], "thread")]
+    machine += [f"reading {speed:.1f} GiB/s"] if speed else []
     sentences = [
-        f"{host['cpu']}, {_count(result['threads'], 'thread')}, reading "
-        f"{result['read_gib_per_second']:.1f} GiB/s{commit}.",
+        f"{', '.join(filter(None, machine))}{commit}.",
         f"A prompt of {_count(result['prompt_tokens'], 'token')} and {result['new_tokens']} more, greedy.",
         f"Medians of {_count(result['repeat'], 'round')}, interleaved; in parentheses how many times as fast "
         "as the first row, round by round.",

@@ -34,7 +34,7 @@ class Fake:
     versions = {{"fake": "1.2"}}
     bytes_per_token = 1 << 20
 
-    def __init__(self, path, threads):
+    def __init__(self, path, threads, device):
         os.write(1, b"a library prints this\\n")
         self.plan, self.threads, self.runs = json.loads(Path(path).read_text()), threads, 0
 
@@ -106,7 +106,7 @@ def state(pid: int) -> str:
 def test_an_adapter_answers_and_keeps_the_pipe_for_itself(fake) -> None:
     peer = fake("a")
     with opened(peer) as process:
-        loaded = process.ask({"do": "load", "model": str(peer.model), "threads": 1}, 30)
+        loaded = process.ask({"do": "load", "model": str(peer.model), "threads": 1, "device": "cpu"}, 30)
         assert loaded == {"versions": {"fake": "1.2"}, "bytes_per_token": 1 << 20}
         run = process.ask(request(), 30)
         assert run == {"first_token": 0.1, "tokens": [0.01, 0.01], "ids": [[1, 1, 1]]}
@@ -126,7 +126,7 @@ def test_an_adapter_answers_and_keeps_the_pipe_for_itself(fake) -> None:
 def test_a_failing_peer_says_why(fake, trouble: str, reason: str) -> None:
     peer = fake("a", trouble=trouble)
     with opened(peer) as process:
-        process.ask({"do": "load", "model": str(peer.model), "threads": 1}, 30)
+        process.ask({"do": "load", "model": str(peer.model), "threads": 1, "device": "cpu"}, 30)
         with pytest.raises(PeerError, match=f"^{re.escape(reason)}"):
             process.ask(request(), 1 if trouble == "hang" else 30)
 
@@ -159,7 +159,7 @@ def test_an_interpreter_that_is_not_there_is_a_reason() -> None:
 def test_a_paused_process_stands_still_and_closing_ends_it(fake) -> None:
     peer = fake("a")
     with opened(peer) as process:
-        process.ask({"do": "load", "model": str(peer.model), "threads": 1}, 30)
+        process.ask({"do": "load", "model": str(peer.model), "threads": 1, "device": "cpu"}, 30)
         pid = process._child.pid
         process.pause()
         deadline = time.monotonic() + 10
@@ -181,7 +181,7 @@ def test_a_peer_dies_with_its_parent_even_while_computing(fake, tmp_path: Path) 
         "import sys\n"
         "from gemini.benchmarks.peers.process import PeerProcess\n"
         f"process = PeerProcess({list(peer.command)!r}, 1, [{pinned_cpus(1)[0]}])\n"
-        f"process.ask({{'do': 'load', 'model': {str(peer.model)!r}, 'threads': 1}}, 30)\n"
+        f"process.ask({{'do': 'load', 'model': {str(peer.model)!r}, 'threads': 1, 'device': 'cpu'}}, 30)\n"
         "print(process._child.pid, flush=True)\n"
         "process.ask({'do': 'run', 'prompts': [[1]], 'new_tokens': 1}, 60)\n"
     )

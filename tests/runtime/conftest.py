@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from gemini.export.half_precision import half_precision
 from gemini.runtime import seal
+from gemini.runtime.providers import CUDA
 
 WIDTH, HEADS, KV_HEADS, DIM, LAYERS, CONTEXT = 32, 4, 2, 16, 2, 160
 BOS, EOS, PAD = 0, 1, 2
@@ -34,6 +39,8 @@ CHAT = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if CUDA in ort.get_available_providers():
+        return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs onnxruntime-gpu and a CUDA device"))
@@ -240,7 +247,8 @@ def concat_decoder(vocab: int) -> tuple[bytes, Callable[[Any], np.ndarray]]:
     return data, reference
 
 
-def make_decoder(folder: Path, cache: str, **changes: Any) -> Toy:
+def make_decoder(folder: Path, cache: str, half: bool = False, **changes: Any) -> Toy:
+    """``half``: with the graph for a GPU beside the other."""
     tokenizer = byte_level_tokenizer()
     vocab = tokenizer.get_vocab_size()
     data, reference = shared_decoder(vocab) if cache == "shared" else concat_decoder(vocab)
@@ -265,6 +273,10 @@ def make_decoder(folder: Path, cache: str, **changes: Any) -> Toy:
         "chat_template.jinja": CHAT.encode(),
         "report.json": b"{}\n",
     }
+    if half:
+        copy = half_precision(ir.from_proto(onnx.load_from_string(data)), folder)
+        files["decoder.half.onnx"] = ir.to_proto(copy).SerializeToString()
+        fields["half_graphs"] = {"decoder": "decoder.half.onnx"}
     return Toy(write_bundle(folder, fields, files), reference, vocab)
 
 
@@ -490,6 +502,12 @@ def new_pair(tmp_path: Path) -> Callable[..., Toy]:
 @pytest.fixture(scope="session")
 def shared_toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_decoder(tmp_path_factory.mktemp("toys") / "shared", "shared")
+
+
+@pytest.fixture(scope="session")
+def half_toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """The shared one, with a graph for a GPU too."""
+    return make_decoder(tmp_path_factory.mktemp("toys") / "half", "shared", half=True)
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,7 @@ def test_nothing_is_kept_of_a_call_that_failed(shared_toy, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 5, 12, 64])
 def test_a_prompt_read_in_pieces_has_the_logits_of_the_reference(shared_toy, monkeypatch, chunk):
-    monkeypatch.setattr(decoder, "CHUNK", chunk)
+    monkeypatch.setattr(decoder, "CHUNK", {"cpu": chunk})
     batch = load(shared_toy.path, threads=1).decoder(4)
     ids = list(PROMPT)
     logits = batch.prefill([ids])

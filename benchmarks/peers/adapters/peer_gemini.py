@@ -10,8 +10,8 @@ from gemini.runtime import TextGenerator, load
 
 
 class Gemini:
-    def __init__(self, path: str, threads: int) -> None:
-        session = load(path, "cpu", threads)
+    def __init__(self, path: str, threads: int, device: str) -> None:
+        session = load(path, device, threads)
         if not isinstance(session, TextGenerator):
             raise ValueError("only text generators are compared")
         self._session = session

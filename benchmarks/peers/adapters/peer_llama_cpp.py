@@ -9,14 +9,15 @@ from typing import Any
 
 import llama_cpp as llama
 import numpy as np
-from wire import greedy, nll_of, serve, versions_of
+from wire import greedy, nll_of, only_on_the_cpu, serve, versions_of
 
 BATCH = 512  # tokens of a prompt computed together: llama.cpp's own default for its physical batch
 PAD = 256  # the cache of a sequence grows in such steps
 
 
 class LlamaCpp:
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, device: str) -> None:
+        only_on_the_cpu(device)
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = 0
         self._model = llama.llama_model_load_from_file(path.encode(), parameters)

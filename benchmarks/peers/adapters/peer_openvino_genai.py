@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import openvino
 import openvino_genai as genai
-from wire import greedy, serve, versions_of
+from wire import greedy, only_on_the_cpu, serve, versions_of
 
 WHOLE = 1 << 30  # prompts are never split
 
 
 class OpenVinoGenai:
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, device: str) -> None:
+        only_on_the_cpu(device)
         schedule = genai.SchedulerConfig()
         schedule.enable_prefix_caching, schedule.max_num_batched_tokens = False, WHOLE
         properties = {"INFERENCE_NUM_THREADS": threads}

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from onnxruntime import SessionOptions
 from optimum.onnxruntime import ORTModelForCausalLM
-from wire import greedy, nll_of, serve, versions_of
+from wire import greedy, nll_of, only_on_the_cpu, serve, versions_of
 
 
 class OptimumOnnx:
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, device: str) -> None:
+        only_on_the_cpu(device)
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         options = SessionOptions()

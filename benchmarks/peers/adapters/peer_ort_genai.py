@@ -10,13 +10,19 @@ from wire import greedy, nll_of, serve, versions_of
 
 
 class OrtGenai:
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, device: str) -> None:
+        settings = json.loads((Path(path) / "genai_config.json").read_text())["model"]["decoder"]
+        built_for = "".join(name for each in settings["session_options"]["provider_options"] for name in each)
+        if (built_for or "cpu") != device:
+            raise ValueError(f"this folder was built for {built_for or 'cpu'} and not for {device}")
         config = genai.Config(path)
         session = {"intra_op_num_threads": threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self._model = genai.Model(config)
-        self.versions = versions_of("onnxruntime-genai", "onnxruntime")
-        decoder = json.loads((Path(path) / "genai_config.json").read_text())["model"]["decoder"]["filename"]
+        self.versions = versions_of(
+            "onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime", "onnxruntime-gpu"
+        )
+        decoder = settings["filename"]
         # An upper bound where the table is no part of the head.
         self.bytes_per_token: int | None = sum(
             file.stat().st_size for file in Path(path).glob(f"{decoder}*") if file.is_file()

@@ -3,7 +3,7 @@
 Every adapter beside this file runs in the environment of its own peer, where gemini is not installed: so here
 is the standard library only, and numpy, which all peers bring, for the scores.
 
-    {"do": "load", "model": path, "threads": 2}                  -> {"versions": {...}, "bytes_per_token": n}
+    {"do": "load", "model": path, "threads": 2, "device": "cpu"}  -> {"versions": {...}, "bytes_per_token": n}
     {"do": "run", "prompts": [[ids], ...], "new_tokens": 128}     -> {"first_token": s, "tokens": [s, ...],
                                                                      "ids": [[first, ...], ...]}
     {"do": "score", "ids": [...]}                                 -> {"nll": nats, "tokens": n}
@@ -35,7 +35,7 @@ class Peer(Protocol):
     def nll(self, ids: list[int]) -> float: ...
 
 
-def serve(open_model: Callable[[str, int], Peer]) -> None:
+def serve(open_model: Callable[[str, int, str], Peer]) -> None:
     """Answer requests until stdin closes. Command line: the CPUs to stay on, separated by commas."""
     _end_with_parent()
     if len(sys.argv) > 1 and hasattr(os, "sched_setaffinity"):
@@ -45,7 +45,7 @@ def serve(open_model: Callable[[str, int], Peer]) -> None:
     for request in _requests():
         try:
             if request["do"] == "load":
-                peer = open_model(request["model"], request["threads"])
+                peer = open_model(request["model"], request["threads"], request["device"])
                 answer: dict[str, Any] = {"versions": peer.versions, "bytes_per_token": peer.bytes_per_token}
             else:
                 assert peer is not None, "load comes first"
@@ -97,6 +97,12 @@ def nll_of(logits: Any, targets: list[int]) -> float:
     top = rows.max(axis=1)
     chosen = rows[np.arange(len(rows)), targets]
     return float((np.log(np.exp(rows - top[:, None]).sum(axis=1)) + top - chosen).sum())
+
+
+def only_on_the_cpu(device: str) -> None:
+    """ValueError for another device."""
+    if device != "cpu":
+        raise ValueError(f"this adapter measures on the CPU and not on {device}")
 
 
 def versions_of(*packages: str) -> dict[str, str]:
