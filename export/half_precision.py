@@ -33,6 +33,8 @@ _TYPELESS = ("Cast", "Shape", "Size")
 # Inputs and outputs that stay on the device between two calls.
 _CARRIED = ("past.", "present.", "cross.")
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+_DOWN, _EXPERT_TILE = 5, 64  # QMoE: the second product's weights among its inputs; moe_quantization.cc
 _LARGEST = float(np.finfo(np.float16).max)
 
 _BOOLEAN = ("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "Not", "And", "Or", "Xor", "IsNaN")
@@ -48,6 +50,7 @@ def half_precision(model: ir.Model, folder: Path, only: tuple[str, ...] = ()) ->
     ExportError for what has no copy: a graph within a node, a weight that float16 cannot hold.
     """
     copy = ir.from_proto(ir.to_proto(model))
+    _refuse_what_cuda_has_not(copy.graph)
     types = _types(copy.graph)
     narrow = {
         node
@@ -142,6 +145,26 @@ class _Borders:
         return None
 
 
+def _refuse_what_cuda_has_not(graph: ir.Graph) -> None:
+    """ExportError for a node that CUDA has no kernel for, or one with another demand than the CPU's."""
+    for node in graph:
+        if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
+            raise ExportError(
+                f"{node.op_type} holds a graph of its own, which has no form in half precision.",
+                "Leave --gpu out.",
+            )
+        if node.op_type != "QMoE":
+            continue
+        packed, bits = node.inputs[_DOWN], node.attributes["expert_weight_bits"].as_int()
+        assert packed is not None and packed.const_value is not None, node
+        width = packed.const_value.shape[2] * 8 // bits
+        if width % _EXPERT_TILE:
+            raise ExportError(
+                f"CUDA's QMoE takes experts whose inner size is a multiple of {_EXPERT_TILE}; it is {width}.",
+                "Leave --gpu out, or use --recipe int8.",
+            )
+
+
 def _is_carried(value: ir.Value) -> bool:
     return (value.name or "").startswith(_CARRIED)
 
@@ -152,17 +175,9 @@ def _types(graph: ir.Graph) -> dict[ir.Value, ir.DataType | None]:
     for value in graph.initializers.values():
         types[value] = None if value.const_value is None else value.const_value.dtype
     for node in graph:
-        if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
-            raise ExportError(
-                f"{node.op_type} holds a graph of its own, which has no form in half precision.",
-                "Leave --gpu out.",
-            )
         for index, value in enumerate(node.outputs):
             types[value] = value.dtype or _output_type(node, index, types)
     return types
-
-
-_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def _output_type(node: ir.Node, index: int, types: dict[ir.Value, ir.DataType | None]) -> ir.DataType | None:

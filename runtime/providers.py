@@ -28,8 +28,8 @@ def provider_list(device: str, available: Sequence[str]) -> list[Provider]:
     if CUDA not in available:
         raise DeviceError(
             "The installed onnxruntime has no CUDA provider.",
-            "Run `pip uninstall onnxruntime` and then `pip install 'gemini-edge[gpu]'`: the two wheels "
-            f"overwrite each other{_clash_note()}.",
+            "Run `pip uninstall onnxruntime`, then `pip install 'onnxruntime-gpu[cuda,cudnn]'`: the two "
+            f"wheels overwrite each other{_clash_note()}.",
         )
     return [(CUDA, cuda_options()), (CPU, {})]
 

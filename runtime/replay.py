@@ -19,6 +19,9 @@ from gemini.runtime.providers import CUDA, RECORD
 from gemini.runtime.schema import DecoderModel
 
 KEPT = 4  # recordings that nobody uses
+# Steps with the same buffers before one is recorded. Recording took 50 ms to 400 ms where a step that was not
+# recorded took 2 ms longer than a replay (benchmarks/LOG.md): a single short answer is better off without.
+STEPS_BEFORE = 64
 _NEVER = "-1"  # the id of a run that is neither recorded nor replayed
 
 
@@ -59,7 +62,7 @@ class Recording:
             "logit_positions": kv.to_device(np.zeros((batch, 1), np.int64), device),
             "total_sequence_length": kv.to_device(np.array(capacity, np.int32), "cpu"),
         }
-        self._session, self._options = session, run_options(str(graph_id))
+        self._session, self._options, self._unrecorded = session, run_options(str(graph_id)), run_options()
         self._binding = session.io_binding()
         known = {node.name for node in session.get_inputs()}
         for name, value in feeds.items():
@@ -69,14 +72,16 @@ class Recording:
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
         self._binding.bind_ortvalue_output("logits", self._logits)
-        self._held = feeds
+        self._held, self._steps = feeds, 0
 
     def step(self, tokens: NDArray[np.int64], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
         """Logits (B, V), a new array, after one token (B,) a row; ``lengths`` (B,): what each row held
         before it."""
         self._ids.update_inplace(np.ascontiguousarray(tokens[:, None]))
         self._lengths.update_inplace(lengths)
-        self._session.run_with_iobinding(self._binding, self._options)
+        self._steps += 1
+        options = self._options if self._steps > STEPS_BEFORE else self._unrecorded
+        self._session.run_with_iobinding(self._binding, options)
         return np.asarray(self._logits.numpy()[:, 0])
 
 

@@ -16,6 +16,7 @@ from gemini.runtime.bundle import Bundle
 from gemini.runtime.hugepages import use_huge_pages_soon
 from gemini.runtime.providers import CPU, CUDA, RECORD, Provider, active_device, load_libraries, provider_list
 from gemini.runtime.replay import Recordings, records, run_options
+from gemini.runtime.schema import DecoderModel
 from gemini.runtime.threads import usable_threads
 
 _REMEDY = "Run `gemini-edge verify` on the bundle, or compress the model again with this release."
@@ -33,6 +34,7 @@ class Graph:
     recordings: Recordings | None = None  # of a session whose steps a GPU may replay
 
 
+_ERRORS, _FATAL = 3, 4  # what onnxruntime writes to standard error
 # On CPU the fused norm takes twice the time of the two nodes that it replaces (benchmarks/LOG.md).
 _SLOW_OPTIMIZERS = ["SkipLayerNormFusion"]
 
@@ -47,7 +49,7 @@ def session_options(threads: int, spinning: bool = True) -> ort.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
+    options.log_severity_level = _ERRORS
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     # 8-bit convolution weights become float once, at load, and not in every call; no other node is concerned.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -82,8 +84,9 @@ def open_graph(
         asked = [(CPU, {})]
     if half:
         load_libraries()
-    # Only one row of a step is the same work at every call; the decoder of a pair also has its source.
-    replays = half and key == bundle.manifest.family == "decoder"
+    # A step is the same work at every call where the cache is one buffer and nothing else is read.
+    model = bundle.manifest.model
+    replays = half and isinstance(model, DecoderModel) and model.cache == "shared"
     session = _open(bundle.graph(key, half), options, asked, replays)
     active = active_device(device, asked, session.get_providers())
     if active == "cpu":
@@ -105,6 +108,8 @@ def _open(
 ) -> ort.InferenceSession:
     """``replays``: with steps that are recorded, where every node of the graph has a kernel for the GPU."""
     wanted = [(name, {**own, **RECORD} if replays and name == CUDA else own) for name, own in asked]
+    # What cannot be recorded ends in an error, which nobody needs to read.
+    options.log_severity_level = _FATAL if replays else _ERRORS
     try:
         # enable_fallback=0: onnxruntime must not rebuild the session on the CPU when a provider fails.
         session = ort.InferenceSession(

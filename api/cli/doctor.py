@@ -88,7 +88,9 @@ def missing_by_extra(requirements: Iterable[str], installed: Mapping[str, str]) 
         lacking = wanted.setdefault(extra.group(1) if extra else "", [])
         if normalised(name) == DISTRIBUTION:  # an extra made of other extras
             continue
-        version = installed.get(normalised(name))
+        # Any of the wheels that carry onnxruntime will do.
+        names = CLASHING if normalised(name) == "onnxruntime" else (normalised(name),)
+        version = next((installed[each] for each in names if each in installed), None)
         if version is None:
             lacking.append(f"{name}{bounds.strip()}")
         elif not within(version, bounds):

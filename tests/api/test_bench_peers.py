@@ -58,7 +58,7 @@ def test_a_bundle_beside_peers(toys: dict[str, Path], peers_file: Path, tmp_path
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        (["--device", "cuda"], "on the CPU"),
+        (["--device", "tpu"], "device 'tpu' is unknown"),
         (["--windows", "-1"], "number of windows is -1"),
         (["--timeout", "nan"], "is nan"),
         (["--repeat", "0"], "number of rounds is 0"),
@@ -112,7 +112,7 @@ def test_random_prompts_reach_the_model_unchanged(toys: dict[str, Path], tmp_pat
     (peer,) = bundle_peers([toys["shared"]])
     batch = random_batch(session.model.vocab_size, 3, 5, 0)
     with PeerProcess(peer.command, 1, pinned_cpus(1), own_path=True) as process:
-        process.ask({"do": "load", "model": str(peer.model), "threads": 1}, 60)
+        process.ask({"do": "load", "model": str(peer.model), "threads": 1, "device": "cpu"}, 60)
         answer = process.ask({"do": "run", "prompts": batch, "new_tokens": 4}, 60)
     expected = np.array(batch)
     for _ in range(5):

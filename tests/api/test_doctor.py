@@ -36,6 +36,12 @@ def test_a_complete_installation_lacks_nothing() -> None:
     }
 
 
+def test_the_wheel_for_gpus_is_an_onnxruntime_too() -> None:
+    installed = {name: version for name, version in COMPLETE.items() if name != "onnxruntime"}
+    assert doctor.missing_by_extra(REQUIREMENTS, installed | {"onnxruntime-gpu": "1.31.1"})[""] == []
+    assert doctor.missing_by_extra(REQUIREMENTS, installed)[""] == ["onnxruntime>=1.31"]
+
+
 def test_what_is_missing_or_too_old_is_listed_under_its_extra() -> None:
     installed = COMPLETE | {"onnxruntime": "1.9.2", "transformers": "6.0"}
     del installed["pillow"]

@@ -211,6 +211,15 @@ def test_the_environment_has_threads_and_silence_but_not_our_path(tmp_path: Path
             assert process.ask({"do": "load"}, 30) == {**expected, "PYTHONPATH": path}
 
 
+@pytest.mark.parametrize(("device", "seen"), [("cpu", ""), ("cuda", "3")])
+def test_no_accelerator_is_seen_on_the_cpu(tmp_path: Path, monkeypatch, device, seen) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    script = tmp_path / "script.py"
+    script.write_text("import json, os\nprint(json.dumps({'seen': os.environ['CUDA_VISIBLE_DEVICES']}))\n")
+    with PeerProcess((sys.executable, "-S", str(script)), 1, [0], device=device) as process:
+        assert process.ask({"do": "load"}, 30) == {"seen": seen}
+
+
 def test_rounds_are_interleaved_and_figures_are_those_computed_by_hand(fake, tmp_path: Path) -> None:
     log = tmp_path / "log"
     peers = [

@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gemini.compress.apply import run_recipe
 from gemini.compress.dense import dense_weights
-from gemini.compress.recipe import load_recipe
+from gemini.compress.recipe import Recipe, load_recipe
+from gemini.compress.specs import QuantizeCache
 from gemini.errors import ExportError
 from gemini.export import exporter
 from gemini.export.exporter import export_checkpoint
@@ -105,6 +106,25 @@ def test_a_model_that_is_wrong_in_half_precision_is_refused(make_checkpoint, tmp
     with pytest.raises(ExportError, match="half precision") as caught:
         export_checkpoint(make_checkpoint("llama"), tmp_path, progress=False, gpu=True)
     assert "--gpu" in caught.value.remedy
+
+
+def test_an_8_bit_cache_is_float16_on_a_gpu(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("llama")
+    windows = [{"input_ids": torch.randint(3, 100, (4, 32)), "attention_mask": torch.ones(4, 32).long()}]
+    run_recipe(checkpoint, Recipe("test", (QuantizeCache(),)), windows, progress=False)
+    export_checkpoint(checkpoint, tmp_path, progress=False, gpu=True)
+    types = {}
+    for name in ("decoder", "decoder.half"):
+        inputs = {port.name: port.type.tensor_type for port in graph_of(tmp_path / f"{name}.onnx").input}
+        types[name] = inputs["past.0.key"].elem_type
+    assert types == {"decoder": TensorProto.INT8, "decoder.half": TensorProto.FLOAT16}
+
+
+def test_experts_that_cuda_cannot_multiply_are_refused(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("mixtral")  # an inner size of 96
+    run_recipe(checkpoint, load_recipe("int4"), None, progress=False)
+    with pytest.raises(ExportError, match="multiple of 64; it is 96"):
+        export_checkpoint(checkpoint, tmp_path, progress=False, gpu=True)
 
 
 def small(nodes, inputs, outputs, constants):

@@ -27,7 +27,7 @@ def test_auto_takes_cuda_where_the_wheel_has_it():
 def test_cuda_without_the_gpu_wheel_is_an_error_with_the_remedy():
     with pytest.raises(DeviceError) as caught:
         provider_list("cuda", [CPU])
-    assert "[gpu]" in caught.value.remedy and "pip uninstall onnxruntime" in caught.value.remedy
+    assert "onnxruntime-gpu" in caught.value.remedy and "pip uninstall onnxruntime" in caught.value.remedy
 
 
 def test_an_unknown_device_is_an_error():

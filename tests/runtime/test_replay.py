@@ -17,6 +17,11 @@ PROMPTS = [[5, 9, 40, 7, 12], [3], [8, 30, 6]]
 STEPS = [[4, 5, 6], [20, 21, 22], [9, 9, 9]]
 
 
+@pytest.fixture(params=[0, 2], ids=["recorded at once", "recorded from the third step"])
+def early(request, monkeypatch):
+    monkeypatch.setattr(replay, "STEPS_BEFORE", request.param)
+
+
 @pytest.fixture
 def generator(shared_toy):
     """A session whose steps go through recordings, on the CPU."""
@@ -38,7 +43,7 @@ def check_steps(session, toy, tolerance):
     decoder.close()
 
 
-def test_recorded_steps_give_the_logits_of_the_reference(generator, shared_toy):
+def test_recorded_steps_give_the_logits_of_the_reference(generator, shared_toy, early):
     check_steps(generator, shared_toy, TOLERANCE)
 
 
@@ -106,7 +111,7 @@ def test_room_is_a_power_of_two_within_the_context(tokens, limit, room):
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_logits_of_the_reference(half_toy):
+def test_a_gpu_gives_the_logits_of_the_reference(half_toy, early):
     session = load(half_toy.path, device="cuda")
     assert session.device == "cuda" and session.graph.recordings is not None
     for _ in range(2):
@@ -124,7 +129,7 @@ def test_a_gpu_generates_beside_drafts_and_beams(half_toy):
 
 
 @pytest.mark.gpu
-def test_a_graph_that_cannot_be_recorded_runs_all_the_same(new_decoder):
+def test_a_cache_that_grows_with_every_step_is_not_recorded(new_decoder):
     toy = new_decoder("concat", half=True)
     session = load(toy.path, device="cuda")
     assert session.device == "cuda" and session.graph.recordings is None
