@@ -157,7 +157,7 @@ def _refuse_what_cuda_has_not(graph: ir.Graph) -> None:
             continue
         packed, bits = node.inputs[_DOWN], node.attributes["expert_weight_bits"].as_int()
         assert packed is not None and packed.const_value is not None, node
-        width = packed.const_value.shape[2] * 8 // bits
+        width = packed.const_value.shape.numpy()[2] * 8 // bits
         if width % _EXPERT_TILE:
             raise ExportError(
                 f"CUDA's QMoE takes experts whose inner size is a multiple of {_EXPERT_TILE}; it is {width}.",
