@@ -164,5 +164,5 @@ def _compressed(name: str) -> Path:
 
         print(f"Compressing {name} for its first use; the bundle stays in {bundle}.", file=sys.stderr)
         bundle.parent.mkdir(parents=True, exist_ok=True)
-        compress_model(name, bundle, "int4")
+        compress_model(name, bundle, "int4", gpu=True)
     return bundle

@@ -59,7 +59,11 @@ def _show(manifest: dict[str, Any]) -> None:
         "task": manifest["task"],
         "recipe": (manifest.get("recipe") or {}).get("name"),
         "size": f"{megabytes(sum(sizes.values()))} in {len(sizes)} files",
-        "graphs": [f"{file} ({megabytes(sizes.get(file, 0))})" for file in manifest["graphs"].values()],
+        "graphs": [
+            f"{file} ({megabytes(sizes.get(file, 0))})"
+            for named in ("graphs", "half_graphs")
+            for file in manifest.get(named, {}).values()
+        ],
         "onnxruntime": f">= {requirements['onnxruntime']}" if "onnxruntime" in requirements else None,
         "digest": manifest["digest"],
     }
