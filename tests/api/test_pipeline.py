@@ -75,6 +75,21 @@ def test_bundle_carries_its_evidence(bundle):
     assert {name: entry["size"] for name, entry in manifest["files"].items()} == sizes
 
 
+def test_graphs_for_a_gpu_change_nothing_on_the_cpu(folder, bundle, tmp_path, capsys):
+    path = tmp_path / "gpu"
+    assert cli.main(["compress", str(folder), "--recipe", "int4", "--gpu", "--output", str(path)]) == 0
+    for name in ("decoder.onnx", "decoder.onnx.data"):
+        assert (path / name).read_bytes() == (bundle[0] / name).read_bytes()
+    capsys.readouterr()
+    assert cli.main(["inspect", str(path)]) == 0
+    assert "decoder.onnx" in (shown := capsys.readouterr().out) and "decoder.half.onnx" in shown
+    data = bytearray((path / "decoder.half.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "decoder.half.onnx").write_bytes(data)
+    assert cli.main(["verify", str(path)]) == 2
+    assert "decoder.half.onnx does not match its sha256" in capsys.readouterr().err
+
+
 def test_fp32_bundle_generates_what_transformers_generates(folder, tmp_path):
     pipeline.compress_model(str(folder), tmp_path / "b", "fp32", progress=False)
     session = load(tmp_path / "b")

@@ -111,7 +111,7 @@ def test_a_planned_size_is_settled_before_minutes_are_spent(llama, text, tmp_pat
     def build(better):
         events.clear()
         stages, resized = pipeline.Stages(False), lambda size: events.append(size) or better
-        return pipeline._build(checkpoint, load_recipe("int4"), [], folder, stages, made, resized)
+        return pipeline._build(checkpoint, load_recipe("int4"), [], folder, stages, made, resized, False)
 
     recipe = load_recipe("int8")
     assert build(recipe) == ({}, 5, recipe)  # too large: nothing was learned for it
