@@ -66,7 +66,7 @@ def make_bundle(name: str, output: Path) -> None:
     checkpoint = random_checkpoint(name)
     with staging(output) as folder:
         run_recipe(checkpoint, RECIPE, None, progress=False)
-        exported = export_checkpoint(checkpoint, folder, progress=False, gpu=True)
+        exported = export_checkpoint(checkpoint, folder, progress=False)
         write_companions(checkpoint, folder)
         write_manifest(folder, describe(checkpoint, exported) | {"recipe": RECIPE.to_dict()})
         commit(folder, output)
