@@ -288,6 +288,32 @@ def test_a_manifest_that_does_not_fit(new_decoder, change, match):
     refused(path, match)
 
 
+@pytest.mark.parametrize(
+    ("graphs", "match"),
+    [
+        ({"decoder": "other.onnx"}, "not listed in 'files'"),
+        ({"encoder": "decoder.half.onnx"}, "other graphs in half precision"),
+        ({"decoder": "decoder.half.onnx", "vision": "decoder.onnx"}, "other graphs in half precision"),
+        ({"decoder": 5}, "'decoder'"),
+        (["decoder.half.onnx"], "not an object"),
+    ],
+)
+def test_graphs_for_a_gpu_that_do_not_fit(new_decoder, graphs, match):
+    path = new_decoder(half=True).path
+    reseal(path, lambda manifest: manifest.update(half_graphs=graphs))
+    refused(path, match)
+
+
+def test_a_graph_for_a_gpu_may_not_read_files_beside_the_list(new_decoder):
+    path = new_decoder(half=True).path
+    graph = path / "decoder.half.onnx"
+    onnx.save(onnx.load(graph), graph, save_as_external_data=True, location="secret", size_threshold=64)
+    data = graph.read_bytes()
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    reseal(path, lambda manifest: manifest["files"].update({graph.name: entry}))
+    refused(path, "'secret', which the manifest does not list")
+
+
 def test_impossible_generation_defaults_are_refused_when_loading(new_decoder):
     path = new_decoder().path
     reseal(path, lambda manifest: manifest["generation"].update(defaults={"top_p": 7}))
