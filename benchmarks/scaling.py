@@ -79,12 +79,12 @@ class Fit:
 def llama_shape(
     name: str, hidden: int, inner: int, layers: int, kv: int, vocabulary: int, tied: bool
 ) -> Shape:
-    """A Llama's shape under the recipe int4; ``kv``: numbers in the keys of a token and a layer.
+    """The shape of a Llama from `gemini.random_bundles`; ``kv``: numbers in the keys of a token and a layer.
 
-    Blocks of 64: 4 bits, a float32 scale and a 4-bit zero point; 8 bits and a scale for table and head.
+    Blocks of 64: 4 bits, a float16 scale and a 4-bit zero point; 8 bits and a scale for table and head.
     """
-    linear = layers * hidden * (2 * hidden + 2 * kv + 3 * inner) * (4 + 36 / 64) / 8
-    table = hidden * vocabulary * (8 + 32 / 64) / 8
+    linear = layers * hidden * (2 * hidden + 2 * kv + 3 * inner) * (4 + 20 / 64) / 8
+    table = hidden * vocabulary * (8 + 16 / 64) / 8
     read, stored = int(linear + table), int(linear + table * (1 if tied else 2))
     return Shape(name, layers, read, stored, 2 * layers * kv * _FLOAT32)
 

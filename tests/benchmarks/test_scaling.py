@@ -56,7 +56,7 @@ def test_no_cost_is_negative_and_none_that_is_allowed_fits_better():
 def test_a_llamas_bytes_are_those_of_its_matrices():
     shape = llama_shape("135m", 576, 1536, 30, 192, 49_152, tied=True)
     linear = sum(
-        rows * columns * 4 / 8 + rows * columns / 64 * (4 + 0.5)
+        rows * columns * 4 / 8 + rows * columns / 64 * (2 + 0.5)
         for rows, columns in (
             (576, 576),
             (192, 576),
@@ -67,5 +67,5 @@ def test_a_llamas_bytes_are_those_of_its_matrices():
             (576, 1536),
         )
     )
-    assert shape.weight_bytes == int(30 * linear + 49_152 * 576 * (1 + 4 / 64)) == shape.bundle_bytes
+    assert shape.weight_bytes == int(30 * linear + 49_152 * 576 * (1 + 2 / 64)) == shape.bundle_bytes
     assert shape.cache_bytes == 30 * (192 + 192) * 4
