@@ -35,7 +35,8 @@ def load(
 ) -> Session:
     """Open a bundle for its task.
 
-    ``device`` is "auto", "cpu" or "cuda"; ``threads`` defaults to what the cgroup and the affinity mask
+    ``device`` is "auto", "cpu" or "cuda", which needs a bundle with graphs in half precision (compress
+    --gpu); "auto" takes the CPU without them. ``threads`` defaults to what the cgroup and the affinity mask
     allow; ``verify=False`` skips hashing the files (paths, sizes and the manifest are always checked);
     ``spinning=False`` trades speed for idle cores between operators. Raises BundleError or DeviceError.
     """

@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeat", metavar="N", type=int, default=5, help="rounds, after one to warm up (default: 5)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, or cuda, which needs a bundle made with --gpu (default: auto)",
+    )
     peers = parser.add_argument_group("beside other runtimes")
     peers.add_argument(
         "--peers",

@@ -42,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=300,
         help="sentences for embedders and classifiers (default: 300)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, or cuda, which needs a bundle made with --gpu (default: auto)",
+    )
     parser.add_argument(
         "--threads", metavar="N", type=int, help="threads (default: what cgroup and affinity allow)"
     )

@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="the prompt of a text generator")
     parser.add_argument("--text", metavar="TEXT", nargs="+", help="texts to embed or to classify")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="images to classify or describe")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, or cuda, which needs a bundle made with --gpu (default: auto)",
+    )
     parser.add_argument(
         "--threads", metavar="N", type=int, help="threads (default: what cgroup and affinity allow)"
     )
