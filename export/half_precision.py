@@ -52,11 +52,7 @@ def half_precision(model: ir.Model, folder: Path, only: tuple[str, ...] = ()) ->
     copy = ir.from_proto(ir.to_proto(model))
     _refuse_what_cuda_has_not(copy.graph)
     types = _types(copy.graph)
-    narrow = {
-        node
-        for node in _active(copy.graph, types)
-        if node.op_type in (only or (node.op_type,)) and node.op_type not in _TYPELESS
-    }
+    narrow = {node for node in _active(copy.graph, types) if not only or node.op_type in only}
     borders = _Borders(copy.graph, folder)
     for given in copy.graph.inputs:
         if types[given] == _FLOAT and _is_carried(given):

@@ -96,7 +96,7 @@ class Decoder:
         return logits
 
     def _prefill_row(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Prefill of one row, from what is known of it, so many tokens a call."""
+        """Prefill of one row, from what is known of it, CHUNK tokens a call."""
         done = self._begin_from_prefix(row)
         self._lengths = np.array([done], np.int32)
         size = CHUNK[self._graph.device]

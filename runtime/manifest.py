@@ -75,15 +75,11 @@ def parse_manifest(data: bytes) -> Manifest:
     task = root.one_of("task", tuple(FAMILY_OF_TASK))
     family = root.one_of("family", (FAMILY_OF_TASK[task],))
     files = {name: _file_entry(root.section("files"), name) for name in root.section("files").names()}
-    graphs = {key: root.section("graphs").text(key) for key in root.section("graphs").names()}
+    graphs = _texts(root.section("graphs"))
     for name in GRAPHS_OF_FAMILY[family]:
         if name not in graphs:
             raise damaged(f"manifest.json names no graph '{name}'")
-    halves = (
-        {key: root.section("half_graphs").text(key) for key in root.section("half_graphs").names()}
-        if "half_graphs" in root.values
-        else {}
-    )
+    halves = _texts(root.section("half_graphs")) if "half_graphs" in root.values else {}
     if halves and set(halves) != set(graphs):
         raise damaged("manifest.json names other graphs in half precision than in float32")
     for name in (*graphs.values(), *halves.values()):
@@ -102,6 +98,10 @@ def parse_manifest(data: bytes) -> Manifest:
         requires_onnxruntime=root.section("requirements").text("onnxruntime"),
         raw=root.values,
     )
+
+
+def _texts(section: Fields) -> dict[str, str]:
+    return {name: section.text(name) for name in section.names()}
 
 
 def _parse_json(data: bytes) -> Any:

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import cache
 
 from gemini.errors import DeviceError
 
@@ -39,6 +40,7 @@ def cuda_options() -> dict[str, str]:
     return {"arena_extend_strategy": "kSameAsRequested", "do_copy_in_default_stream": "1"}
 
 
+@cache
 def load_libraries() -> None:
     """CUDA and cuDNN out of packages named nvidia-*, where they are installed beside onnxruntime.
 
