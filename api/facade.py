@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from gemini.errors import RequestError, UsageError
+from gemini.pretrained import SHIPPED, shipped_bundle
 from gemini.runtime import Label, Seq2SeqGenerator, TextClassifier, TextGenerator, load
 from gemini.runtime.seq2seq import CAPTION_BEAMS
 from gemini.runtime.vision import open_image
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from gemini.runtime import Session
     from gemini.runtime.options import OptionArgs
 
-SHIPPED = ("gemini-nano",)
 # Sizes that exist as configurations, for those who train them.
 UNTRAINED = ("gemini-base", "gemini-large")
 _READ = 128  # tokens of a text to classify: training shows no more at once (model/training/recipes)
@@ -127,7 +126,7 @@ def load_model(source: str | Path = "gemini-nano", device: str = "auto", threads
     if Path(source).is_dir():
         return Model(load(source, device, threads))
     if name in SHIPPED:
-        bundle = Path(str(files("gemini.pretrained") / name / "bundle"))
+        bundle = shipped_bundle(name)
         if not bundle.is_dir():
             raise UsageError(
                 f"{name} is not part of this installation.",

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemini.cli.inputs import bundle_folder
 from gemini.cli.output import columns_of_text
 from gemini.errors import UsageError
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bundles",
         metavar="BUNDLE",
         nargs="*",
-        type=Path,
+        type=bundle_folder,
         help="bundles of one task, timed in turn; the first sets the ratios",
     )
     parser.add_argument(

@@ -7,11 +7,13 @@ import tempfile
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from gemini.cli.inputs import bundle_folder
 from gemini.cli.output import results_table
 from gemini.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -24,12 +26,17 @@ EXAMPLE = "gemini-edge eval bundles/smollm2 --text my-domain.txt --reference bun
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `eval`."""
-    parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="folders of bundles of one model")
+    parser.add_argument(
+        "bundles", metavar="BUNDLE", nargs="+", type=bundle_folder, help="folders of bundles of one model"
+    )
     parser.add_argument(
         "--text", metavar="FILE", help="UTF-8 text to measure on, instead of the built-in one"
     )
     parser.add_argument(
-        "--reference", metavar="BUNDLE", help="the bundle to compare with, usually the fp32 one"
+        "--reference",
+        metavar="BUNDLE",
+        type=bundle_folder,
+        help="the bundle to compare with, usually the fp32 one",
     )
     parser.add_argument("--windows", metavar="N", type=int, default=8, help="stretches of text (default: 8)")
     parser.add_argument(
@@ -74,7 +81,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return {"task": first.bundle.manifest.task, "text": args.text or "built-in", "table": rows}
 
 
-def _load(bundle: str, args: argparse.Namespace) -> Session:
+def _load(bundle: Path, args: argparse.Namespace) -> Session:
     from gemini import runtime
 
     session = runtime.load(bundle, device=args.device, threads=args.threads)

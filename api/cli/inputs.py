@@ -1,11 +1,18 @@
-"""Text that arrives through arguments and standard input."""
+"""What arrives through arguments and standard input: bundles and text."""
 
 import sys
 from pathlib import Path
 
 from gemini.errors import UsageError
+from gemini.pretrained import SHIPPED, shipped_bundle
 
 MAX_STDIN_BYTES = 16 * 1024 * 1024
+A_BUNDLE = f"a bundle's folder, or {', '.join(SHIPPED)}, which comes with the package"
+
+
+def bundle_folder(text: str) -> Path:
+    """The folder of a bundle: `text` itself, or that of the model that ships under this name."""
+    return shipped_bundle(text) if text in SHIPPED and not Path(text).is_dir() else Path(text)
 
 
 def read_stdin() -> str:

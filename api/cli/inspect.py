@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from gemini.cli.inputs import A_BUNDLE, bundle_folder
 from gemini.cli.output import megabytes, pairs, results_table
 from gemini.errors import BundleError
 
@@ -19,7 +20,7 @@ EXAMPLE = "gemini-edge inspect bundles/smollm2"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `inspect`."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
+    parser.add_argument("bundle", metavar="BUNDLE", type=bundle_folder, help=A_BUNDLE)
     parser.add_argument(
         "--report", action="store_true", help="only the measured results and where the report lies"
     )

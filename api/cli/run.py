@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from gemini.cli.inputs import checked_text, read_stdin, read_text
+from gemini.cli.inputs import A_BUNDLE, bundle_folder, checked_text, read_stdin, read_text
 from gemini.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ EXAMPLE = 'gemini-edge run bundles/smollm2 --prompt "Once upon a time" --max-new
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
+    parser.add_argument("bundle", metavar="BUNDLE", type=bundle_folder, help=A_BUNDLE)
     parser.add_argument(
         "stdin",
         metavar="-",

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from gemini.cli.inputs import A_BUNDLE, bundle_folder
 from gemini.cli.output import megabytes
 
 HELP = "Check every byte of a bundle against its manifest, and that nothing is missing, added or linked away."
@@ -11,7 +12,7 @@ EXAMPLE = "gemini-edge verify bundles/smollm2"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `verify`."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
+    parser.add_argument("bundle", metavar="BUNDLE", type=bundle_folder, help=A_BUNDLE)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import gemini
+from gemini.cli import main
 from gemini.model.checkpoint import load_checkpoint
 from gemini.model.training.evaluate import captions, has_loop
 from gemini.runtime.bundle import read_bundle
@@ -73,6 +74,18 @@ def test_it_is_loaded_and_used_without_torch(tmp_path, pictures):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     caption, label = done.stdout.splitlines()
     assert "heart" in caption and label == "positive"
+
+
+def test_verbs_know_it_by_name_unless_a_folder_has_that_name(tmp_path, pictures, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures[2].save("umbrella.png")
+    assert main(["run", "gemini-nano", "--image", "umbrella.png"]) == 0
+    assert "umbrella" in capsys.readouterr().out
+    assert main(["verify", "gemini-nano"]) == 0
+    assert str(HOME / "bundle") in capsys.readouterr().out
+    Path("gemini-nano").mkdir()
+    assert main(["verify", "gemini-nano"]) == 2
+    assert "manifest.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
