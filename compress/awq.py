@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gemini.compress.calibrate import Window, as_feed, collect_input_moments, each_input, shortcut
+from gemini.compress.calibrate import Window, as_feed, collect_input_moments, each_input, run_over
 from gemini.compress.layers import Integers, quantized
 from gemini.compress.select import weight_of
 from gemini.model.disk import kept
+from gemini.model.hooks import hooked
 
 STRENGTHS = tuple(step / 20 for step in range(20))  # of the paper's grid
 TOLERANCE = 1e-4  # of the largest output: what a fold may change in float32
@@ -143,9 +144,8 @@ def collect_sizes(
         totals[name] = found[0] + a, found[1] + b, found[2] + count
 
     layers = {name: model.get_submodule(name) for name in names}
-    with each_input(layers, take), torch.no_grad():
-        for window in tqdm(windows, desc="sizes", unit="window", delay=2, leave=False, disable=not progress):
-            model(**as_feed(window), **shortcut(model))
+    with each_input(layers, take):
+        run_over(model, windows, "sizes", progress)
     return {name: (first / count, second / count) for name, (first, second, count) in totals.items()}
 
 
@@ -193,16 +193,12 @@ def _candidates(
 
         return hook
 
-    handles = [
+    with hooked(
         module.register_forward_hook(note(name), with_kwargs=True)
         for name, module in model.named_modules()
         if name in names or not list(module.children())
-    ]
-    try:
+    ):
         _outputs(model, window)
-    finally:
-        for handle in handles:
-            handle.remove()
     for key, consumers in readers.items():
         width = weight_of(model.get_submodule(consumers[0])).shape[1]
         makers = [made[key]] if key in made else list(reversed(before[key]))[:3]

@@ -1,20 +1,21 @@
 """Calibration: run text (or feeds) through the model and note how large each input feature of each layer is.
 
-Hooks come off again whatever happens. `gemini.compress.stream` does the same block by block.
+`gemini.compress.stream` does the same block by block.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
+
+from gemini.model.hooks import hooked
 
 Window: TypeAlias = np.ndarray | Tensor | Mapping[str, Any]
 # SmolLM2-135M, int4 with GPTQ: perplexity +6.8 %; +7.3 % without, +12.8 % with first tokens left out.
@@ -72,14 +73,10 @@ def each_input(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor], No
     def hook(name: str) -> Callable[..., None]:
         return lambda _module, args, kwargs: take(name, args[0] if args else next(iter(kwargs.values())))
 
-    handles: list[RemovableHandle] = []
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
+    with hooked(
+        layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def collect_input_moments(
@@ -96,13 +93,19 @@ def collect_input_moments(
     taken in `batches` and nothing but the sums is kept. A layer that no window reaches is absent from the
     result. The head of a generator sees the last position alone, unless ``every_logit``.
     """
-    with watch_inputs(model, names) as moments, idle_head(model, every_logit), torch.no_grad():
-        for window in tqdm(
-            batches(windows), desc="calibrate", unit="batch", delay=2, leave=False, disable=not progress
-        ):
-            model(**as_feed(window), **shortcut(model, every_logit))
+    with watch_inputs(model, names) as moments, idle_head(model, every_logit):
+        run_over(model, batches(windows), "calibrate", progress, every_logit=every_logit)
     means = {name: moment.mean() for name, moment in moments.items()}
     return {name: mean for name, mean in means.items() if mean is not None}
+
+
+@torch.no_grad()
+def run_over(
+    model: nn.Module, windows: Sequence[Window], title: str, progress: bool, *, every_logit: bool = False
+) -> None:
+    """Run the windows through the model for those who watch its layers; ``title`` is that of the bar."""
+    for window in tqdm(windows, desc=title, unit="batch", delay=2, leave=False, disable=not progress):
+        model(**as_feed(window), **shortcut(model, every_logit))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gemini.compress.calibrate import Window, as_feed, batches, shortcut
+from gemini.compress.calibrate import Window, as_feed, batches, run_over, shortcut
 from gemini.compress.reshape import (
     Change,
     Fit,
@@ -38,6 +38,7 @@ from gemini.compress.reshape import (
 from gemini.compress.stream import find_stacks
 from gemini.compress.structure import plain_linears
 from gemini.errors import RecipeError
+from gemini.model.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,12 @@ def block_influence(
 
         return hook
 
-    handles = [
+    with hooked(
         block.register_forward_hook(watch(totals[path][index]), with_kwargs=True)
         for path, stack in stacks
         for index, block in enumerate(stack)
-    ]
-    try:
-        with torch.no_grad():
-            for window in tqdm(
-                batches(windows), desc="influence", unit="batch", delay=2, leave=False, disable=not progress
-            ):
-                model(**as_feed(window), **shortcut(model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    ):
+        run_over(model, batches(windows), "influence", progress)
     return {path: total[:, 0] / total[:, 1] for path, total in totals.items()}
 
 
@@ -196,16 +189,12 @@ def skipping(model: nn.Module, drop: Mapping[str, Sequence[int]]) -> Iterator[No
         states = args[0] if args else next(iter(kwargs.values()))
         return (states, *made[1:]) if isinstance(made, tuple) else states
 
-    handles = [
+    with hooked(
         model.get_submodule(f"{path}.{index}").register_forward_hook(hook, with_kwargs=True)
         for path, indices in drop.items()
         for index in indices
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def least_missed(

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from gemini.compress.calibrate import Window, as_feed, batches, shortcut
+from gemini.compress.calibrate import Window, batches, run_over
 from gemini.compress.experts import Experts, as_experts, is_stack
 from gemini.compress.reshape import (
     Change,
@@ -34,6 +33,7 @@ from gemini.compress.reshape import (
     shapes_of,
 )
 from gemini.errors import RecipeError
+from gemini.model.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -85,26 +85,23 @@ def expert_saliency(
 
         return hook
 
-    handles = []
-    try:
-        for name, module in stacks.items():
-            experts = as_experts(module)
-            if experts is None:
-                raise RecipeError(
-                    f"What {type(module).__name__} computes is not known.", "Cut layers, heads or width."
-                )
-            handles.append(module.register_forward_pre_hook(watch(name, experts), with_kwargs=True))
-        with torch.no_grad():
-            for window in tqdm(
-                batches(windows), desc="experts", unit="batch", delay=2, leave=False, disable=not progress
-            ):
-                model(**as_feed(window), **shortcut(model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(
+        module.register_forward_pre_hook(watch(name, _known(module)), with_kwargs=True)
+        for name, module in stacks.items()
+    ):
+        run_over(model, batches(windows), "experts", progress)
     if found.keys() != stacks.keys():
         raise RecipeError("There are experts that no calibration text reaches.", "Give other text.")
     return found
+
+
+def _known(module: nn.Module) -> Experts:
+    experts = as_experts(module)
+    if experts is None:
+        raise RecipeError(
+            f"What {type(module).__name__} computes is not known.", "Cut layers, heads or width."
+        )
+    return experts
 
 
 def prune_experts(

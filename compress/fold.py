@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from gemini.model.hooks import hooked
 from gemini.model.vision import sample_pixels
 
 # Of the largest output: float32 sums of a deep tower in another order differ by some 1e-6.
@@ -71,12 +72,8 @@ def _pairs(model: nn.Module, run: Callable[[], Tensor]) -> list[tuple[nn.Conv2d,
             pairs.append((made[id(inputs[0])][0], module))
 
     watched = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
-    hooks = [module.register_forward_hook(note) for module in watched]
-    try:
+    with hooked(module.register_forward_hook(note) for module in watched):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [(c, n) for c, n in pairs if calls.count(c) == calls.count(n) == 1 and n.running_var is not None]
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from gemini.compress.calibrate import Window, as_feed, shortcut
 from gemini.compress.experts import StackedLinear
+from gemini.model.hooks import hooked
 
 
 def output_fisher(
@@ -52,10 +53,9 @@ def output_fisher(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     generator = torch.Generator().manual_seed(seed)
     options = shortcut(model, every_logit=True)
-    try:
+    with hooked(model.get_submodule(name).register_forward_hook(keep(name)) for name in names):
         for window in tqdm(
             windows, desc="sensitivity", unit="window", delay=2, leave=False, disable=not progress
         ):
@@ -72,9 +72,6 @@ def output_fisher(
                     counts[name] = counts.get(name, 0) + len(rows)
             for made in outputs.values():
                 made.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: total / counts[name] for name, total in totals.items()}
 
 

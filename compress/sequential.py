@@ -238,17 +238,15 @@ def _replayed(stack: nn.ModuleList, given: Sequence[Tensor]) -> Iterator[None]:
             return (next(runs), *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): next(runs)}
 
-    handles = [
-        stack[0].register_forward_hook(keep),
-        stack[-1].register_forward_pre_hook(put, with_kwargs=True),
-    ]
     between = list(stack)[1:-1]
     for block in between:
         block.forward = lambda *_args, **_kwargs: made[0]
     try:
-        yield
+        with (
+            stack[0].register_forward_hook(keep),
+            stack[-1].register_forward_pre_hook(put, with_kwargs=True),
+        ):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for block in between:
             del block.forward

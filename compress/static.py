@@ -10,14 +10,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
-from gemini.compress.calibrate import Window, as_feed, each_input, shortcut
+from gemini.compress.calibrate import Window, each_input, run_over
 from gemini.compress.ranges import Codes, codes_of, count_values, entropy_range, percentile_range
 from gemini.compress.specs import Activations, Entropy, Percentile
+from gemini.model.hooks import hooked
 
 Take = Callable[[str, Tensor], None]
 
@@ -59,19 +57,12 @@ def convolution_codes(
 
     @contextmanager
     def watch(take: Take) -> Iterator[None]:
-        handles: list[RemovableHandle] = []
-
         def hook(name: str) -> Callable[..., None]:
             return lambda _module, _args, output: take(f"{name} output", output)
 
-        try:
-            for name, layer in layers.items():
-                handles.append(layer.register_forward_hook(hook(name)))
-            with each_input(layers, take):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = (layer.register_forward_hook(hook(name)) for name, layer in layers.items())
+        with hooked(hooks), each_input(layers, take):
+            yield
 
     found = _collect(model, windows, watch, method, progress)
     return {name: (found[name], found[f"{name} output"]) for name in names if name in found}
@@ -101,11 +92,8 @@ def _collect(
         counts[key] = counts.get(key, 0) + count_values(x, *extremes[key])
 
     for take in (widen, count):
-        with watch(take), torch.no_grad():
-            for window in tqdm(
-                windows, desc="ranges", unit="window", delay=2, leave=False, disable=not progress
-            ):
-                model(**as_feed(window), **shortcut(model))
+        with watch(take):
+            run_over(model, windows, "ranges", progress)
     return {key: codes_of(*choose_range(counts[key], *extremes[key], method)) for key in counts}
 
 

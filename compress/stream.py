@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gemini.compress.calibrate import Window, as_feed, batches, each_input, hushed, idle_head, shortcut
+from gemini.model.hooks import hooked
 
 Rows: TypeAlias = dict[str, Tensor]
 
@@ -157,24 +158,20 @@ def record_calls(model: nn.Module, stack: nn.ModuleList, windows: Iterable[Windo
 
         return hook
 
-    handles = [
-        block.register_forward_pre_hook(recorder(index), with_kwargs=True)
-        for index, block in enumerate(stack)
-    ]
-
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         made[:] = [output]
 
-    handles.append(stack[0].register_forward_hook(keep))
+    hooks = (
+        block.register_forward_pre_hook(recorder(index), with_kwargs=True)
+        for index, block in enumerate(stack)
+    )
     for block in list(stack)[1:]:
         block.forward = lambda *_args, **_kwargs: made[0]
     try:
-        with torch.no_grad():
+        with hooked(hooks), stack[0].register_forward_hook(keep), torch.no_grad():
             for window in windows:
                 model(**as_feed(window), **shortcut(model))
     finally:
-        for handle in handles:
-            handle.remove()
         for block in list(stack)[1:]:
             del block.forward
     return calls

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from gemini.compress.calibrate import Window, as_feed, shortcut
 from gemini.compress.select import Skipped
 from gemini.compress.stream import find_stacks
+from gemini.model.hooks import hooked
 
 _TOKENS = 4  # of a window of token ids: enough for a mask to hide something
 _MOST_MARKS, _FEWEST_MARKS, _POSITIONS = 64, 4, 512  # rows of a batch, and rows x positions
@@ -180,21 +181,17 @@ def _run_batch(
     def recorder(into: list[_Call]) -> Callable[..., None]:
         return lambda _module, args, kwargs: into.append((args, kwargs))
 
-    handles = [
+    hooks = (
         block.register_forward_pre_hook(recorder(into), with_kwargs=True)
         for stack, lists in zip(stacks, calls, strict=True)
         for block, into in zip(stack, lists, strict=True)
-    ]
+    )
     batch = {
         key: value.expand(rows, *value.shape[1:]).clone() if value.dim() and len(value) == 1 else value
         for key, value in feed.items()
     }
-    try:
-        with torch.no_grad():
-            model(**batch, **shortcut(model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(hooks), torch.no_grad():
+        model(**batch, **shortcut(model))
     return calls
 
 

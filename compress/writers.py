@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gemini.compress.stream import Call
 from gemini.compress.structure import plain_linears, size_of
+from gemini.model.hooks import hooked
 
 _EXACT = 1e-4  # of the largest state: what rounding may do to a sum
 
@@ -95,9 +96,5 @@ def outputs_of(
 
         return take
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with hooked(layer.register_forward_hook(hook(name)) for name, layer in layers.items()):
         yield made
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from gemini.model.hooks import hooked
+
 
 @dataclass
 class RunningModules:
@@ -35,8 +37,5 @@ def running_modules(model: nn.Module) -> Iterator[RunningModules]:
             running.stack.pop()
 
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
+    with hooked(hooks):
         yield running
-    finally:
-        for hook in hooks:
-            hook.remove()

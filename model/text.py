@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini.errors import CheckpointError
+from gemini.model.hooks import hooked
 from gemini.model.offline import first_line, import_transformers
 from gemini.model.vision import sample_pixels
 from gemini.model.weights import probe_ids
@@ -137,18 +138,13 @@ def learned_positions(model: Any) -> int | None:
             seen.append((int(module.num_embeddings), asked.flatten().tolist()))
 
     tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    hooks = [table.register_forward_pre_hook(note) for table in tables]
     ids = probe_ids(model)
     answer = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    try:
-        with torch.inference_mode():
-            if model.main_input_name == "pixel_values":
-                model(pixel_values=sample_pixels(model, 1), **answer)
-            else:
-                model(input_ids=ids, attention_mask=torch.ones_like(ids), **answer)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(table.register_forward_pre_hook(note) for table in tables), torch.inference_mode():
+        if model.main_input_name == "pixel_values":
+            model(pixel_values=sample_pixels(model, 1), **answer)
+        else:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), **answer)
     rooms = [
         rows - asked[0]
         for rows, asked in seen

@@ -19,6 +19,7 @@ from gemini.export.twins.head import PickPositions
 from gemini.export.twins.linear import as_linear
 from gemini.export.twins.norm import as_norm
 from gemini.export.twins.rotary import LONGEST_TABLE, RotaryTwin, is_rotary_module, rotary_functions_deferred
+from gemini.model.hooks import hooked
 
 
 @contextmanager
@@ -103,15 +104,13 @@ def _swap_rotary(
         extra = {k: v for k, v in kwargs.items() if k not in ("x", "position_ids")}
         calls.append((twins[id(module)], args[2:], extra))
 
-    hooks = [child.register_forward_pre_hook(note, with_kwargs=True) for _, _, child in sites]
+    hooks = (child.register_forward_pre_hook(note, with_kwargs=True) for _, _, child in sites)
     replacement = model.config._attn_implementation
     try:
         _set_attention(model, "eager")
-        with torch.no_grad():
+        with hooked(hooks), torch.no_grad():
             model(**sample)
     finally:
-        for hook in hooks:
-            hook.remove()
         _set_attention(model, replacement)
     for twin, args, kwargs in calls:
         twin.prepare(args, kwargs)

@@ -9,11 +9,11 @@ with a token embedding can be trained this way.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 def adversarial_loss(
@@ -41,10 +41,5 @@ def _unit(gradient: Tensor) -> Tensor:
     return gradient / length.clamp_min(torch.finfo(gradient.dtype).tiny)
 
 
-@contextlib.contextmanager
-def _hooked(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _module, _inputs, output: change(output))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _hooked(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    return module.register_forward_hook(lambda _module, _inputs, output: change(output))
