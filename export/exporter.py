@@ -37,7 +37,11 @@ from gemini.runtime.schema import LayerShape
 
 
 class TraceFailure(Exception):
-    """A module that cannot be traced in this form."""
+    """A module that cannot be traced in this form; or in none, as forms further down run more of its code."""
+
+    def __init__(self, message: str, in_no_form: bool = False) -> None:
+        super().__init__(message)
+        self.in_no_form = in_no_form
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ def export_checkpoint(
             raise
         except TraceFailure as failure:
             refused.append(f"{form}: {failure}")
+            if failure.in_no_form:
+                break
         except Exception as error:  # onnxruntime and onnx_ir raise dozens of kinds
             refused.append(f"{form}: {_first_line(error)}")
         for leftover in folder.glob("*.onnx*"):
@@ -192,7 +198,9 @@ def _traced(checkpoint: Checkpoint, form: Form, caches: Caches) -> tuple[dict[st
                     raise
                 except NotConverted as error:
                     module = error.module or running.innermost()
-                    raise TraceFailure(f"{module} fails with {_first_line(error.reason)}") from error
+                    raise TraceFailure(
+                        f"{module} fails with {_first_line(error.reason)}", in_no_form=error.unknown_operator
+                    ) from error
                 except Exception as error:  # torch.export and the converter raise dozens of kinds
                     raise TraceFailure(f"{running.innermost()} fails with {_first_line(error)}") from error
         return traced, Counter(twins)

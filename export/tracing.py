@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.onnx._internal.exporter._errors import DispatchError
 
 from gemini.export.graphs import Graph
 
@@ -25,11 +26,15 @@ LOWEST_OPSET = 20
 
 
 class NotConverted(Exception):
-    """An operator of torch that has no counterpart: which module uses it (None: unknown) and the reason."""
+    """What has no counterpart in ONNX: which module uses it (None: unknown) and the reason.
+
+    ``unknown_operator``: there is no rule for an operator of torch at all, however it is called.
+    """
 
     def __init__(self, module: str | None, reason: BaseException) -> None:
         super().__init__(str(reason))
         self.module, self.reason = module, reason
+        self.unknown_operator = isinstance(reason, DispatchError)
 
 
 def trace(graph: Graph, opset: int = LOWEST_OPSET) -> ir.Model:
