@@ -95,7 +95,7 @@ def _read(path: str | Path, hashed: Callable[[str], bool]) -> Bundle:
     if not is_folder:
         raise BundleError(
             f"There is no bundle folder at {str(path)!r}.",
-            "Give the folder that `gemini-edge compress` wrote.",
+            "Give the folder that `gemini-edge compress MODEL --output DIR` wrote.",
         )
     manifest = parse_manifest(_read_small(_regular(root, MANIFEST_NAME), MAX_MANIFEST_BYTES))
     if MANIFEST_NAME in manifest.files:
