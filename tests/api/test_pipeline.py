@@ -131,7 +131,7 @@ def half(folder, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int8"])
+@pytest.mark.parametrize("recipe", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_weights_in_files_give_the_same_bundle(half, monkeypatch, tmp_path, recipe):
     monkeypatch.setattr(disk, "_SMALLEST", 1)
     made = []

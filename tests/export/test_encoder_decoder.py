@@ -104,7 +104,7 @@ def test_quantized_pair_stores_its_shared_table_once(recipe, table, make_pair, t
     [
         ("gemini-early", "int8"),
         ("gemini-prototypes", "fp32"),
-        ("gemini-prototypes", "int4"),
+        pytest.param("gemini-prototypes", "int4", marks=pytest.mark.slow),
         pytest.param("gemini-late", "fp32", marks=pytest.mark.slow),
         pytest.param("gemini-hybrid", "int4", marks=pytest.mark.slow),
     ],

@@ -28,14 +28,14 @@ def test_wrong_rotary_layout_is_refused_by_numbers(make_checkpoint, tmp_path, mo
 
 
 def test_model_with_data_dependent_control_flow_names_reason_and_remedy(make_checkpoint, tmp_path):
-    checkpoint = make_checkpoint("llama")
-    mlp = checkpoint.model.model.layers[1].mlp
-    original = mlp.forward
-    mlp.forward = lambda x: original(x) if x.sum() > 0 else -original(x)
+    checkpoint = make_checkpoint("bert")  # whose ladder is shorter than a decoder's
+    inner = checkpoint.model.bert.encoder.layer[1].intermediate
+    original = inner.forward
+    inner.forward = lambda x: original(x) if x.sum() > 0 else -original(x)
     with pytest.raises(ExportError) as caught:
         exporter.export_checkpoint(checkpoint, tmp_path, progress=False)
-    assert "LlamaForCausalLM cannot be exported" in str(caught.value)
-    assert "model.layers.1.mlp" in str(caught.value)
+    assert "BertForSequenceClassification cannot be exported" in str(caught.value)
+    assert "encoder.layer.1.intermediate" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
