@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemini.cli.inputs import bundle_folder
+from gemini.cli.inputs import add_session_options, bundle_folder
 from gemini.cli.output import columns_of_text
 from gemini.errors import UsageError
 
@@ -32,16 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--new-tokens", metavar="N", type=int, default=128, help="tokens to generate (default: 128)"
     )
     parser.add_argument(
-        "--threads", metavar="N", type=int, help="threads (default: what cgroup and affinity allow)"
-    )
-    parser.add_argument(
         "--repeat", metavar="N", type=int, default=5, help="rounds, after one to warm up (default: 5)"
     )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, or cuda, which needs a bundle made with --gpu (default: auto)",
-    )
+    add_session_options(parser)
     peers = parser.add_argument_group("beside other runtimes")
     peers.add_argument(
         "--peers",

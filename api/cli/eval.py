@@ -7,7 +7,7 @@ import tempfile
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from gemini.cli.inputs import bundle_folder
+from gemini.cli.inputs import add_session_options, bundle_folder
 from gemini.cli.output import results_table
 from gemini.errors import UsageError
 
@@ -49,14 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=300,
         help="sentences for embedders and classifiers (default: 300)",
     )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, or cuda, which needs a bundle made with --gpu (default: auto)",
-    )
-    parser.add_argument(
-        "--threads", metavar="N", type=int, help="threads (default: what cgroup and affinity allow)"
-    )
+    add_session_options(parser)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""What arrives through arguments and standard input: bundles and text."""
+"""What arrives through arguments and standard input: bundles, where they run, and text."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,6 +14,18 @@ A_BUNDLE = f"a bundle's folder, or {', '.join(SHIPPED)}, which comes with the pa
 def bundle_folder(text: str) -> Path:
     """The folder of a bundle: `text` itself, or that of the model that ships under this name."""
     return shipped_bundle(text) if text in SHIPPED and not Path(text).is_dir() else Path(text)
+
+
+def add_session_options(parser: argparse.ArgumentParser) -> None:
+    """Where a bundle runs: `--device` and `--threads`, as `gemini.runtime.load` takes them."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, or cuda, which needs a bundle made with --gpu (default: auto)",
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=int, help="threads (default: what cgroup and affinity allow)"
+    )
 
 
 def read_stdin() -> str:

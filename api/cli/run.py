@@ -7,7 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from gemini.cli.inputs import A_BUNDLE, bundle_folder, checked_text, read_stdin, read_text
+from gemini.cli.inputs import (
+    A_BUNDLE,
+    add_session_options,
+    bundle_folder,
+    checked_text,
+    read_stdin,
+    read_text,
+)
 from gemini.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,14 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="the prompt of a text generator")
     parser.add_argument("--text", metavar="TEXT", nargs="+", help="texts to embed or to classify")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="images to classify or describe")
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, or cuda, which needs a bundle made with --gpu (default: auto)",
-    )
-    parser.add_argument(
-        "--threads", metavar="N", type=int, help="threads (default: what cgroup and affinity allow)"
-    )
+    add_session_options(parser)
     generation = parser.add_argument_group("generation")
     generation.add_argument(
         "--chat", action="store_true", help="wrap the prompt in the bundle's chat template"

@@ -27,11 +27,11 @@ def adversarial_loss(
         seen.append(output if output.requires_grad else output.requires_grad_())
         return seen[-1]
 
-    with _hooked(embedding, remember):
+    with _changing(embedding, remember):
         clean = loss()
     gradients = torch.autograd.grad(clean, seen, retain_graph=True)
     changes = iter([radius * _unit(gradient) for gradient in gradients])
-    with _hooked(embedding, lambda output: output + next(changes)):
+    with _changing(embedding, lambda output: output + next(changes)):
         return clean, loss()
 
 
@@ -41,5 +41,5 @@ def _unit(gradient: Tensor) -> Tensor:
     return gradient / length.clamp_min(torch.finfo(gradient.dtype).tiny)
 
 
-def _hooked(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+def _changing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
     return module.register_forward_hook(lambda _module, _inputs, output: change(output))
