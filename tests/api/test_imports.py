@@ -3,9 +3,11 @@
 import ast
 import sys
 import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"api", "model", "compress", "export", "runtime", "benchmarks"}
@@ -59,3 +61,21 @@ def test_every_folder_with_python_files_is_a_package_that_gets_installed() -> No
     for folder in FOLDERS:
         for init in (ROOT / folder).rglob("__init__.py"):
             assert str(init.parent.relative_to(ROOT)) in places, f"{init.parent} is missing in pyproject.toml"
+
+
+def test_a_device_gets_the_versions_that_are_tested_here() -> None:
+    tested, device = (pins(ROOT / name) for name in ("constraints.txt", "constraints-runtime.txt"))
+    hub = device.pop("huggingface-hub")  # not called; `tokenizers` says which versions it takes
+    assert device.items() <= tested.items()
+    assert any(
+        Requirement(line).name == "huggingface-hub" and hub in Requirement(line).specifier
+        for line in requires("tokenizers") or []
+    )
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {Requirement(line).name for line in needed} <= device.keys()
+
+
+def pins(path: Path) -> dict[str, str]:
+    """The version of each package that a constraints file names."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
