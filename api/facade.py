@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
-
 from gemini.errors import RequestError, UsageError
 from gemini.pretrained import SHIPPED, shipped_bundle
 from gemini.runtime import Label, Seq2SeqGenerator, TextClassifier, TextGenerator, load
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 
 # Sizes that exist as configurations, for those who train them.
 UNTRAINED = ("gemini-base", "gemini-large")
-_READ = 128  # tokens of a text to classify: training shows no more at once (model/training/recipes)
-_LABELS = {"negative": "<negative>", "positive": "<positive>"}
 
 
 class Model:
@@ -86,21 +82,9 @@ class Model:
 
         Of a long text gemini-nano reads the first and the last 64 tokens.
         """
-        if isinstance(self.session, TextClassifier):
-            return self.session.classify([text])[0][0]
-        session = self._able("classify texts", Seq2SeqGenerator)
-        prefix = self._prefixes.get("text-classification")
-        if prefix is None:
-            raise RequestError("This model does not classify texts.", "Use a bundle of a text classifier.")
-        source = session.tokenizer.encode(prefix + text)
-        read = min(_READ, session.model.context_length)
-        if len(source) > read:
-            source = source[: read // 2] + source[read // 2 - read :]
-        (logits,) = session.logits([source], [[session.model.pad_token_id or 0]])[:, 0]
-        ids = [session.tokenizer.encode(token)[0] for token in _LABELS.values()]
-        scores = np.exp(logits[ids] - logits[ids].max())
-        best = int(scores.argmax())
-        return Label(list(_LABELS)[best], float(scores[best] / scores.sum()))
+        session = self._able("classify texts", TextClassifier, Seq2SeqGenerator)
+        best: Label = session.classify([text])[0][0]
+        return best
 
     @property
     def _prefixes(self) -> Mapping[str, str]:

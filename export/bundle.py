@@ -184,7 +184,9 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def answer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How answers of an encoder-decoder begin, which tokens they never hold, how tasks are asked for."""
+    """How answers of an encoder-decoder begin, which tokens they never hold, how tasks are asked for, and
+    what a classification is answered with.
+    """
     config, own = checkpoint.model.generation_config, checkpoint.model.config
     names = ("decoder_start_token_id", "bos_token_id")
     starts = (getattr(source, name, None) for name in names for source in (config, own))
@@ -204,7 +206,23 @@ def answer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "decoder_start_ids": first + forced,
         "suppressed_ids": sorted(suppressed),
         "prefixes": {task: prefix for task, prefix in prefixes.items() if prefix},
+        **_label_facts(checkpoint, tasks.get("text-classification")),
     }
+
+
+def _label_facts(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:
+    """The token that each label is answered with, where the configuration names labels for that task."""
+    labels = options.get("labels") if isinstance(options, dict) else None
+    if not labels or checkpoint.tokenizer is None:
+        return {}
+    known = checkpoint.tokenizer.get_vocab()
+    if not isinstance(labels, dict) or not all(token in known for token in labels.values()):
+        raise ExportError(
+            f"The labels of the task text-classification are no tokens of the vocabulary: {labels!r}.",
+            "Correct task_specific_params in config.json, or leave `labels` out.",
+        )
+    ids = {str(label): known[token] for label, token in labels.items()}
+    return {"label_ids": ids, "longest_classified": options.get("longest")}
 
 
 def _version(package: str) -> str | None:

@@ -50,10 +50,7 @@ class _TextEncoder:
         So nothing is padded. Padding costs time, and where activations are quantized with one scale a call,
         what stands at padded positions stretches that scale for all texts.
         """
-        if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
-            raise RequestError("The input is not a list of texts.", "Give a list with at least one text.")
-        if not all(isinstance(text, str) for text in texts):
-            raise RequestError("A text of the list is not a str.", "Give a list of str.")
+        check_texts(texts)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise RequestError(f"The batch size {size!r} is not a positive integer.", "Use 1 or more.")
         for start in range(0, len(texts), WINDOW * size):
@@ -136,6 +133,14 @@ class TextClassifier:
         output for "regression".
         """
         return ranked(scores(self.logits(texts, batch_size), self.model.problem), self.labels)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """RequestError for what is no list of texts, or an empty one."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
+        raise RequestError("The input is not a list of texts.", "Give a list with at least one text.")
+    if not all(isinstance(text, str) for text in texts):
+        raise RequestError("A text of the list is not a str.", "Give a list of str.")
 
 
 def scores(logits: NDArray[np.float32], problem: str | None) -> NDArray[np.float64]:

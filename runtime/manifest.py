@@ -236,11 +236,17 @@ def _generation(root: Fields) -> GenerationInfo:
         info.integers("decoder_start_ids", 0) if info.has("decoder_start_ids") else (),
         info.integers("suppressed_ids", 0) if info.has("suppressed_ids") else (),
         _texts_by_name(info.section("prefixes")) if info.has("prefixes") else {},
+        _tokens_by_name(info.section("label_ids")) if info.has("label_ids") else {},
+        info.optional_integer("longest_classified", 1),
     )
 
 
 def _texts_by_name(fields: Fields) -> dict[str, str]:
     return {name: fields.text(name) for name in fields.names()}
+
+
+def _tokens_by_name(fields: Fields) -> dict[str, int]:
+    return {name: fields.integer(name, 0) for name in fields.names()}
 
 
 _MODELS: Mapping[str, Callable[[Fields], DecoderModel | EncoderModel | VisionModel | EncoderDecoderModel]] = {

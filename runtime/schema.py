@@ -109,7 +109,8 @@ class GenerationInfo:
     """Special tokens, and the generation options its authors recommend.
 
     Of an encoder-decoder also: the tokens every answer begins with, those that are never chosen, and the
-    text that starts a task, such as "translate English to German: ", by the task's name.
+    text that starts a task, such as "translate English to German: ", by the task's name. If it classifies,
+    the token that stands for each label, and how many tokens of a text it reads (None: what the encoder can).
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -119,6 +120,8 @@ class GenerationInfo:
     decoder_start_ids: tuple[int, ...] = ()
     suppressed_ids: tuple[int, ...] = ()
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    label_ids: Mapping[str, int] = field(default_factory=dict)
+    longest_classified: int | None = None
 
 
 @dataclass(frozen=True)

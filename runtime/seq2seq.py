@@ -24,9 +24,11 @@ from gemini.runtime.bundle import Bundle
 from gemini.runtime.checks import check_encoder, check_graph, checked_rows, cross_names
 from gemini.runtime.constrain import Constrained, Grammar, read_vocabulary
 from gemini.runtime.decoder import Decoder, LiveDecoders
+from gemini.runtime.encoder import BATCH, Label, check_texts, ranked
 from gemini.runtime.fields import damaged
 from gemini.runtime.generate import Inference, OnToken, generate_tokens, new_token_limit
 from gemini.runtime.options import GenerationOptions, OptionArgs, make_options
+from gemini.runtime.sampling import softmax
 from gemini.runtime.schema import EncoderDecoderModel
 from gemini.runtime.scoring import all_logits, split_window
 from gemini.runtime.session import Graph, require, run_bound, run_graph
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 TEXT = "text2text-generation"  # the task whose prefix a prompt gets
 CAPTION_BEAMS = 4  # names are short, and what begins likely is often not what is likely
 CAPTION = "image-to-text"  # the task whose prefix an image without text gets
+CLASSIFICATION = "text-classification"  # the task whose prefix a text to classify gets
 
 
 class Seq2SeqGenerator:
@@ -53,6 +56,8 @@ class Seq2SeqGenerator:
         special = (*info.decoder_start_ids, *info.suppressed_ids)
         if not info.decoder_start_ids or max(special) >= model.decoder.vocab_size:
             raise damaged("the manifest names no token to start with, or one outside the vocabulary")
+        if max(info.label_ids.values(), default=0) >= model.decoder.vocab_size:
+            raise damaged("the token of a label lies outside the vocabulary")
         self.encoder_graph, self.graph = graphs["encoder"], graphs["decoder"]
         self.vision_graph = graphs.get("vision")
         check_encoder(self.encoder_graph, model)
@@ -121,6 +126,27 @@ class Seq2SeqGenerator:
     ) -> list[list[int]]:
         """New token ids (the end token included) for sources of token ids and pixels (B, C, H, W)."""
         return self._run(sources, pixel_values, options or self._options({}), on_token)[0]
+
+    def classify(self, texts: Sequence[str]) -> list[list[Label]]:
+        """All labels of each text, best first, with the probability of their token among those of labels.
+
+        Of a text that is longer than those the model was taught to classify, both ends are read. RequestError
+        for a model that does not classify.
+        """
+        info = self.bundle.manifest.generation
+        if not info.label_ids:
+            raise RequestError("This model does not classify texts.", "Use a bundle of a text classifier.")
+        check_texts(texts)
+        longest = min(info.longest_classified or self.model.context_length, self.model.context_length)
+        prefix = info.prefixes.get(CLASSIFICATION, "")
+        sources = [_both_ends(self.tokenizer.encode(prefix + text), longest) for text in texts]
+        logits = np.empty((len(sources), len(info.label_ids)), np.float32)
+        order = sorted(range(len(sources)), key=lambda row: len(sources[row]))
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            first = self.logits([sources[row] for row in rows], np.zeros((len(rows), 1), np.int64))[:, 0]
+            logits[rows] = first[:, list(info.label_ids.values())]
+        return ranked(softmax(logits), list(info.label_ids))
 
     def prefixed(self, prompt: str) -> str:
         """The prompt behind what the model's text task begins with, unless it names a task itself."""
@@ -318,6 +344,11 @@ class Seq2SeqGenerator:
     @cached_property
     def _preprocessing(self) -> Preprocessing:
         return parse_preprocessing(self.bundle.json("preprocessor.json"))
+
+
+def _both_ends(ids: list[int], longest: int) -> list[int]:
+    """``ids``, or as many of the first and of the last as make ``longest``."""
+    return ids if len(ids) <= longest else ids[: longest // 2] + ids[longest // 2 - longest :]
 
 
 class SourceInference:

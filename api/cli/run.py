@@ -117,6 +117,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             "Leave --speculate out.",
         )
     if isinstance(session, runtime.Seq2SeqGenerator):
+        if given[0] == "text":
+            return _classify(session, texts)
         _require(given[0], session.bundle.manifest.task, "prompt", "image", "stdin")
         return _answer(session, texts[0] if texts else None, args)
     if asked:
@@ -250,7 +252,9 @@ def _embed(session: Embedder, texts: Sequence[str]) -> dict[str, Any]:
     return {"task": "feature-extraction", "texts": list(texts), "embeddings": vectors}
 
 
-def _classify(session: TextClassifier | ImageClassifier, inputs: Sequence[str]) -> dict[str, Any]:
+def _classify(
+    session: TextClassifier | ImageClassifier | Seq2SeqGenerator, inputs: Sequence[str]
+) -> dict[str, Any]:
     """The likeliest labels of each input."""
     found = session.classify(inputs)
     for given, labels in zip(inputs, found, strict=True):

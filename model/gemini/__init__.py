@@ -29,7 +29,7 @@ from gemini.model.gemini.modeling import (
 from gemini.model.gemini.pretrained import GeminiPreTrainedModel
 from gemini.model.gemini.tokenizer import (
     LABELS,
-    TASK_PREFIXES,
+    TASKS,
     GeminiTokenizer,
     caption_prompt,
     classify_prompt,
@@ -40,7 +40,7 @@ from gemini.model.gemini.tokenizer import (
 
 __all__ = [
     "LABELS",
-    "TASK_PREFIXES",
+    "TASKS",
     "GeminiConfig",
     "GeminiForConditionalGeneration",
     "GeminiForImageClassification",

@@ -98,9 +98,10 @@ def classify_prompt(text: str) -> str:
 
 
 # How each task is asked for, where transformers keeps such prefixes (PreTrainedConfig.task_specific_params).
-TASK_PREFIXES = {
+# What a classification is answered with is the token of a label; training shows no more tokens of a text.
+TASKS = {
     "text2text-generation": {"prefix": CONTINUE},
     "image-to-text": {"prefix": caption_prompt("en")},
     "image-to-text-zh": {"prefix": caption_prompt("zh")},
-    "text-classification": {"prefix": CLASSIFY},
+    "text-classification": {"prefix": CLASSIFY, "labels": LABELS, "longest": 128},
 }

@@ -10,7 +10,7 @@ import torch
 from gemini.errors import CheckpointError
 from gemini.model.gemini import (
     LABELS,
-    TASK_PREFIXES,
+    TASKS,
     GeminiConfig,
     GeminiForConditionalGeneration,
     GeminiForImageClassification,
@@ -73,7 +73,7 @@ def make_model(options: TrainingOptions, tokenizer: Any, corpus: Corpus) -> Any:
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
                 "decoder_start_token_id": tokenizer.bos_token_id,
-                "task_specific_params": TASK_PREFIXES,
+                "task_specific_params": TASKS,
             }
         kept = {"image_prototypes": before.image_prototypes}
         shape = {"fusion": options.fusion, **vocabulary, **kept, **labels, **options.model}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from gemini.benchmarks.text import default_text
 from gemini.model.gemini import (
-    TASK_PREFIXES,
+    TASKS,
     GeminiConfig,
     GeminiForConditionalGeneration,
     GeminiImageProcessor,
@@ -107,7 +107,7 @@ def gemini_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_size=16,
         image_channels=(16, 16, 32),
         max_position_embeddings=128,
-        task_specific_params=TASK_PREFIXES,
+        task_specific_params=TASKS,
     )
     GeminiForConditionalGeneration(config).save_pretrained(path)
     return path

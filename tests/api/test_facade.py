@@ -93,6 +93,18 @@ def test_of_a_long_text_both_ends_are_read_as_in_training(model, reference):
     assert label.score == pytest.approx(float(expected.max()), abs=1e-5)
 
 
+def test_texts_are_classified_together_as_alone(model, gemini_bundle, capsys):
+    texts = ["A lovely film", "Broken after two days, never again", "很好"]
+    alone = [model.session.classify([text])[0] for text in texts]
+    for together, one in zip(model.session.classify(texts), alone, strict=True):
+        assert [label.label for label in together] == [label.label for label in one]
+        assert [label.score for label in together] == pytest.approx([label.score for label in one], abs=1e-5)
+        assert sum(label.score for label in one) == pytest.approx(1)
+    assert main(["run", str(gemini_bundle), "--text", *texts, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["labels"]
+    assert [row[0]["label"] for row in found] == [row[0].label for row in alone]
+
+
 def test_what_does_not_exist_is_named_with_a_remedy(model, picture):
     with pytest.raises(UsageError, match="gemini-nano, smollm2-135m"):
         gemini.load_model("gemini-nono")

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gemini.compress.apply import run_recipe
 from gemini.compress.recipe import load_recipe
-from gemini.export.bundle import describe, write_companions, write_manifest
+from gemini.errors import ExportError
+from gemini.export.bundle import answer_facts, describe, write_companions, write_manifest
 from gemini.export.exporter import export_checkpoint
 from gemini.model.checkpoint import Checkpoint
 from gemini.model.gemini import GeminiImageProcessor
@@ -68,6 +69,19 @@ def test_runtime_generates_the_tokens_of_transformers(name, make_pair, tmp_path)
     with torch.no_grad():
         expected = checkpoint.model(input_ids=torch.tensor([source]), decoder_input_ids=start).logits
     np.testing.assert_allclose(logits, expected.numpy(), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_labels_of_a_classification_are_tokens(make_pair):
+    checkpoint = make_pair("bart")
+    config, known = checkpoint.model.config, checkpoint.tokenizer.get_vocab()
+    token = next(iter(known))
+    task = {"prefix": "say: ", "labels": {"good": token}, "longest": 9}
+    config.task_specific_params = {"text-classification": task}
+    facts = answer_facts(checkpoint)
+    assert facts["label_ids"] == {"good": known[token]} and facts["longest_classified"] == 9
+    config.task_specific_params = {"text-classification": {**task, "labels": {"good": "no such token"}}}
+    with pytest.raises(ExportError, match="no tokens of the vocabulary"):
+        answer_facts(checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,35 @@ def test_texts_and_images_in_every_combination(session):
         assert "".join(session.stream(text, picture, max_new_tokens=6)) == answer.text
 
 
+LABELS = {"prefixes": {"text-classification": "the"}, "label_ids": {"bad": 40, "good": 50}}
+
+
+def test_the_token_of_a_label_classifies(new_pair):
+    toy = new_pair(generation={**LABELS, "longest_classified": 8})
+    session = load(toy.path)
+    for text, labels in zip(TEXTS, session.classify(TEXTS), strict=True):
+        source = session.tokenizer.encode("the" + text)
+        read = source if len(source) <= 8 else source[:4] + source[-4:]
+        shares = np.exp(toy.reference([0], read)[-1][[40, 50]])
+        best = int(shares.argmax())
+        assert [label.label for label in labels] == [("bad", "good")[best], ("bad", "good")[1 - best]]
+        assert labels[0].score == pytest.approx(shares[best] / shares.sum(), abs=TOLERANCE)
+    for texts, match in (([], "not a list"), ("one", "not a list"), ([3], "not a str")):
+        with pytest.raises(RequestError, match=match):
+            session.classify(texts)
+
+
+def test_a_model_without_labels_does_not_classify(session):
+    with pytest.raises(RequestError, match="does not classify"):
+        session.classify(TEXTS)
+
+
+@pytest.mark.parametrize("ids", [{"bad": 999}, {"bad": -1}, {"bad": "40"}])
+def test_a_label_that_is_no_token_damages_the_bundle(ids, new_pair):
+    with pytest.raises(BundleError):
+        load(new_pair(generation={"label_ids": ids}).path)
+
+
 @pytest.mark.parametrize(
     ("text", "image", "match"),
     [
