@@ -215,14 +215,16 @@ def _label_facts(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:
     labels = options.get("labels") if isinstance(options, dict) else None
     if not labels or checkpoint.tokenizer is None:
         return {}
-    known = checkpoint.tokenizer.get_vocab()
-    if not isinstance(labels, dict) or not all(token in known for token in labels.values()):
+    known, longest = checkpoint.tokenizer.get_vocab(), options.get("longest")
+    remedy = "Correct task_specific_params in config.json, or leave `labels` out."
+    if not isinstance(labels, dict) or not all(str(token) in known for token in labels.values()):
         raise ExportError(
-            f"The labels of the task text-classification are no tokens of the vocabulary: {labels!r}.",
-            "Correct task_specific_params in config.json, or leave `labels` out.",
+            f"The labels of the task text-classification are no tokens of the vocabulary: {labels!r}.", remedy
         )
-    ids = {str(label): known[token] for label, token in labels.items()}
-    return {"label_ids": ids, "longest_classified": options.get("longest")}
+    if longest is not None and not (isinstance(longest, int) and longest > 0):
+        raise ExportError(f"The task text-classification reads {longest!r} tokens at the most.", remedy)
+    ids = {str(label): known[str(token)] for label, token in labels.items()}
+    return {"label_ids": ids, "longest_classified": longest}
 
 
 def _version(package: str) -> str | None:

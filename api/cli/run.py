@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             "Leave --speculate out.",
         )
     if isinstance(session, runtime.Seq2SeqGenerator):
-        if given[0] == "text":
+        if given[0] == "text" and session.bundle.manifest.generation.label_ids:
             return _classify(session, texts)
         _require(given[0], session.bundle.manifest.task, "prompt", "image", "stdin")
         return _answer(session, texts[0] if texts else None, args)

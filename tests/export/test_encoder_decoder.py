@@ -79,9 +79,16 @@ def test_labels_of_a_classification_are_tokens(make_pair):
     config.task_specific_params = {"text-classification": task}
     facts = answer_facts(checkpoint)
     assert facts["label_ids"] == {"good": known[token]} and facts["longest_classified"] == 9
-    config.task_specific_params = {"text-classification": {**task, "labels": {"good": "no such token"}}}
-    with pytest.raises(ExportError, match="no tokens of the vocabulary"):
-        answer_facts(checkpoint)
+    for wrong, match in (
+        ({"labels": {"good": "no such token"}}, "no tokens of the vocabulary"),
+        ({"labels": [token]}, "no tokens of the vocabulary"),
+        ({"labels": {"good": [token]}}, "no tokens of the vocabulary"),
+        ({"longest": 0}, "reads 0 tokens"),
+        ({"longest": "9"}, "reads '9' tokens"),
+    ):
+        config.task_specific_params = {"text-classification": {**task, **wrong}}
+        with pytest.raises(ExportError, match=match):
+            answer_facts(checkpoint)
 
 
 @pytest.mark.parametrize(

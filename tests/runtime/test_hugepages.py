@@ -48,16 +48,17 @@ def test_only_pages_that_are_mostly_there() -> None:
 
 
 def resident(array: np.ndarray) -> int:
-    """Bytes of the mapping around an array that are in memory, as /proc/self/smaps counts them."""
-    inside, address = False, array.ctypes.data
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first, *rest = line.split()
-        if "-" in first and len(rest) > 3:
-            begin, end = (int(part, 16) for part in first.split("-"))
-            inside = begin <= address < end
-        elif inside and first == "Rss:":
-            return int(rest[0]) * 1024
-    raise AssertionError("no such mapping")
+    """Bytes of the pages that hold an array and are in memory, as /proc/self/pagemap says.
+
+    Not those of its mapping: the kernel joins neighbours, and the next allocation may become one.
+    """
+    first = array.ctypes.data // mmap.PAGESIZE
+    count = (array.ctypes.data + array.nbytes - 1) // mmap.PAGESIZE + 1 - first
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
+        file.seek(8 * first)
+        entries = np.frombuffer(file.read(8 * count), np.uint64)
+    assert len(entries) == count
+    return int((entries >> np.uint64(63)).sum()) * mmap.PAGESIZE
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="transparent huge pages are Linux's")
