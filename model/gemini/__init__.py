@@ -29,6 +29,7 @@ from gemini.model.gemini.modeling import (
 from gemini.model.gemini.pretrained import GeminiPreTrainedModel
 from gemini.model.gemini.tokenizer import (
     LABELS,
+    LONGEST_CLASSIFIED,
     TASKS,
     GeminiTokenizer,
     caption_prompt,
@@ -40,6 +41,7 @@ from gemini.model.gemini.tokenizer import (
 
 __all__ = [
     "LABELS",
+    "LONGEST_CLASSIFIED",
     "TASKS",
     "GeminiConfig",
     "GeminiForConditionalGeneration",

@@ -19,6 +19,7 @@ CAPTION, CONTINUE, DENOISE, CLASSIFY = "<caption>", "<continue>", "<denoise>", "
 LANGUAGES = {"en": "<en>", "zh": "<zh>"}
 IMAGE, AUDIO, VIDEO = "<image>", "<audio>", "<video>"
 LABELS = {"negative": "<negative>", "positive": "<positive>"}
+LONGEST_CLASSIFIED = 128  # tokens of a text: training shows no more at once (model/training/recipes)
 # The order fixes the ids: the configuration's pad, bos and eos are 0, 1 and 2.
 SPECIAL_TOKENS = (
     *(PAD, START, END, MASK),
@@ -98,10 +99,10 @@ def classify_prompt(text: str) -> str:
 
 
 # How each task is asked for, where transformers keeps such prefixes (PreTrainedConfig.task_specific_params).
-# What a classification is answered with is the token of a label; training shows no more tokens of a text.
+# What a classification is answered with is the token of a label.
 TASKS = {
     "text2text-generation": {"prefix": CONTINUE},
     "image-to-text": {"prefix": caption_prompt("en")},
     "image-to-text-zh": {"prefix": caption_prompt("zh")},
-    "text-classification": {"prefix": CLASSIFY, "labels": LABELS, "longest": 128},
+    "text-classification": {"prefix": CLASSIFY, "labels": LABELS, "longest": LONGEST_CLASSIFIED},
 }

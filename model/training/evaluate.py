@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemini.model.data import Drawings, Review, augment
-from gemini.model.gemini import LABELS, caption_prompt, continue_prompt
+from gemini.model.gemini import LABELS, LONGEST_CLASSIFIED, caption_prompt, continue_prompt
 from gemini.model.training.tasks import IGNORED, Batch, NameTask, Task, encode, pad, reviews_as_prompts
 
 
@@ -76,11 +76,11 @@ def judge_captions(
 
 @torch.inference_mode()
 def label_probabilities(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 64, longest: int = 128
+    model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 64, longest: int = LONGEST_CLASSIFIED
 ) -> Tensor:
     """(N, 2): the probability of each label, from either head; texts of like length share a batch.
 
-    A text is read as users have it read (`gemini.facade`), ``longest`` tokens of it.
+    A text is read as bundles read it (`Seq2SeqGenerator.classify`), ``longest`` tokens of it.
     """
     sources = reviews_as_prompts(tokenizer, texts, longest)
     answers = [tokenizer.convert_tokens_to_ids(label) for label in LABELS.values()]
