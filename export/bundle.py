@@ -147,6 +147,11 @@ def describe(checkpoint: Checkpoint, exported: Exported) -> dict[str, Any]:
             "half_graphs": exported.half_graphs,
             "half_verification": exported.half_verification,
         }
+    if exported.fused_verification:
+        manifest |= {
+            "fused_graphs": exported.fused_graphs,
+            "fused_verification": exported.fused_verification,
+        }
     if "decoder" in checkpoint.family:
         manifest["generation"] = _generation(checkpoint)
     if checkpoint.family == "encoder-decoder":

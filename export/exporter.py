@@ -26,6 +26,7 @@ from gemini.export.graph_file import write_graph, write_weights
 from gemini.export.half_precision import HALF_ONLY, half_precision
 from gemini.export.lint import refuse_slow
 from gemini.export.operators import check_operators
+from gemini.export.stages import Shapes, fuse_stages, known_shapes
 from gemini.export.trace_state import FormMismatch, tracing
 from gemini.export.tracing import LOWEST_OPSET, NotConverted, trace
 from gemini.export.twins.attention import OPSET as ATTENTION_OPSET
@@ -33,7 +34,12 @@ from gemini.export.twins.norm import OPSET as NORM_OPSET
 from gemini.export.twins.rotary import LONGEST_TABLE
 from gemini.export.twins.swap import twinned
 from gemini.model.checkpoint import Checkpoint
+from gemini.runtime import kernels
 from gemini.runtime.schema import LayerShape
+
+
+# How much further than onnxruntime's own kernels from torch the runtime's kernels may be.
+FUSED_TOLERANCE = 1.5
 
 
 class TraceFailure(Exception):
@@ -58,6 +64,7 @@ class Exported:
 
     graphs: dict[str, str]
     half_graphs: dict[str, str]
+    fused_graphs: dict[str, str]
     model: dict[str, Any]
     form: Form
     twins: dict[str, int]
@@ -68,6 +75,7 @@ class Exported:
     bytes: dict[str, int]
     verification: dict[str, Any]
     half_verification: dict[str, Any] | None
+    fused_verification: dict[str, Any] | None
     refused: list[str]
 
 
@@ -124,8 +132,10 @@ def _export_form(
     fired: Counter[str] = Counter()
     operators: set[str] = set()
     opsets: dict[str, int] = {}
-    for model in models.values():
+    shapes: dict[str, Shapes] = {}
+    for name, model in models.items():
         fired.update(fuse(model))
+        shapes[name] = known_shapes(model)
         finish(model)
         operators |= set(check_operators(model))
         refuse_slow(model)
@@ -151,9 +161,11 @@ def _export_form(
         write_graph(model, paths[name])
     for path in (*paths.values(), *halves.values()):
         _check(path)
+    fused, fused_verification = _fused_graphs(models, shapes, checkpoint, form, caches, paths)
     return Exported(
         graphs={name: path.name for name, path in paths.items()},
         half_graphs={name: path.name for name, path in halves.items()},
+        fused_graphs={name: path.name for name, path in fused.items()},
         model=_facts(checkpoint, form, caches),
         form=form,
         twins=dict(sorted(twins.items())),
@@ -161,9 +173,10 @@ def _export_form(
         operators=sorted(operators),
         opsets=dict(sorted(opsets.items())),
         nodes=sum(len(model.graph) for model in models.values()),
-        bytes=_by_component(sizes, [*paths.values(), *halves.values()]),
+        bytes=_by_component(sizes, [*paths.values(), *halves.values(), *fused.values()]),
         verification=verification.to_dict(),
         half_verification=half_verification.to_dict() if halves else None,
+        fused_verification=fused_verification,
         refused=list(refused),
     )
 
@@ -243,6 +256,44 @@ def _half_graphs(
         except (VerificationError, ExportError) as error:
             reason = error.cause
     raise ExportError(f"The model does not compute in half precision: {reason}", "Leave --gpu out.")
+
+
+def _fused_graphs(
+    models: dict[str, ir.Model],
+    shapes: dict[str, Shapes],
+    checkpoint: Checkpoint,
+    form: Form,
+    caches: Caches,
+    paths: dict[str, Path],
+) -> tuple[dict[str, Path], dict[str, Any] | None]:
+    """The same graphs for the runtime's own kernels, where those can be tried here.
+
+    Both round activations to 8 bits, so torch is not a reference to the last digit: the own kernels may be as
+    far from it as onnxruntime's, and half as far again. What fails is left out, with the reason.
+    """
+    if not kernels.available():
+        return {}, None
+    fused: dict[str, Path] = {}
+    for name, model in models.items():
+        if (copy := fuse_stages(model, shapes[name])) is not None:
+            fused[name] = paths[name].with_suffix(".fused.onnx")
+            write_graph(copy, fused[name])
+    if not fused:
+        return {}, None
+    theirs = _verified(paths, checkpoint, form, caches, float("inf")).largest_difference
+    reason = None
+    try:
+        ours = _verified(paths | fused, checkpoint, form, caches, float("inf"))
+        allowed = FUSED_TOLERANCE * theirs + verify.TOLERANCE * max(1.0, *(c.magnitude for c in ours.cases))
+        facts = {"largest_difference": ours.largest_difference, "allowed": allowed, "cases": len(ours.cases)}
+        if ours.largest_difference <= allowed:
+            return fused, facts
+        reason = f"they differ from torch by {ours.largest_difference:.3g}, and {allowed:.3g} is allowed"
+    except Exception as error:  # onnxruntime raises dozens of kinds
+        reason = _first_line(error)
+    for path in fused.values():
+        path.unlink()
+    return {}, {"refused": reason}
 
 
 def _check(path: Path) -> None:

@@ -18,11 +18,14 @@ from transformers import DynamicCache
 
 from gemini.compress.cache import rounded
 from gemini.errors import VerificationError
+from gemini.export import stages
 from gemini.export.forms import Form
 from gemini.export.graphs import sample_inputs
 from gemini.model.checkpoint import Checkpoint
+from gemini.runtime import kernels
 from gemini.runtime.checks import CACHE_DTYPES
 from gemini.runtime.schema import LayerShape
+from gemini.runtime.threads import usable_threads
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -102,6 +105,8 @@ def open_graph(path: Path) -> Any:
     # were not packed once are unpacked by every run, the head's too: 1.1 s a step of SmolLM2 instead of 0.1.
     nodes = onnx.load(path, load_external_data=False).graph.node
     in_blocks = any(node.op_type == "MatMulNBits" for node in nodes)
+    if any(node.domain == stages.DOMAIN for node in nodes):
+        kernels.register(options, usable_threads())
     options.add_session_config_entry("session.disable_prepacking", "0" if in_blocks else "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

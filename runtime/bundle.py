@@ -57,9 +57,14 @@ class Bundle:
         files = self.manifest.files
         return sum(files[name].size for name in files if name.endswith((".onnx", ".onnx.data")))
 
-    def graph(self, key: str, half: bool = False) -> Path:
-        """The path of the graph ``key`` ("decoder", "encoder" or "vision"), or of that in half precision."""
-        return self.file((self.manifest.half_graphs if half else self.manifest.graphs)[key])
+    def graph(self, key: str, half: bool = False, fused: bool = False) -> Path:
+        """The path of the graph ``key`` ("decoder", "encoder" or "vision"), of that in half precision, or of that
+        for the runtime's own kernels where there is one.
+        """
+        manifest = self.manifest
+        if fused and key in manifest.fused_graphs:
+            return self.file(manifest.fused_graphs[key])
+        return self.file((manifest.half_graphs if half else manifest.graphs)[key])
 
     def text(self, name: str) -> str:
         """The UTF-8 text of a listed file."""
@@ -109,7 +114,8 @@ def _read(path: str | Path, hashed: Callable[[str], bool]) -> Bundle:
         if _size(file, name) != entry.size:
             raise damaged(f"{name} has {_size(file, name)} bytes instead of {entry.size}")
     _check_digests(root, manifest, filter(hashed, manifest.files))
-    for name in (*manifest.graphs.values(), *manifest.half_graphs.values()):
+    variants = (manifest.graphs, manifest.half_graphs, manifest.fused_graphs)
+    for name in (name for graphs in variants for name in graphs.values()):
         try:
             check_external_data(safe_member(root, name), name, frozenset(manifest.files))
         except OSError as error:

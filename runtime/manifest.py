@@ -82,7 +82,10 @@ def parse_manifest(data: bytes) -> Manifest:
     halves = _texts(root.section("half_graphs")) if "half_graphs" in root.values else {}
     if halves and set(halves) != set(graphs):
         raise damaged("manifest.json names other graphs in half precision than in float32")
-    for name in (*graphs.values(), *halves.values()):
+    fused = _texts(root.section("fused_graphs")) if "fused_graphs" in root.values else {}
+    if not set(fused) <= set(graphs):
+        raise damaged("manifest.json names fused graphs of graphs that it does not name")
+    for name in (*graphs.values(), *halves.values(), *fused.values()):
         if name not in files:
             raise damaged(f"the graph {name!r} is not listed in 'files'")
     return Manifest(
@@ -92,6 +95,7 @@ def parse_manifest(data: bytes) -> Manifest:
         digest=digest,
         graphs=graphs,
         half_graphs=halves,
+        fused_graphs=fused,
         files=files,
         model=_MODELS[family](root.section("model")),
         generation=_generation(root),

@@ -134,6 +134,7 @@ class Manifest:
     digest: str
     graphs: Mapping[str, str]
     half_graphs: Mapping[str, str]  # the same in float16 for a GPU; empty where there are none
+    fused_graphs: Mapping[str, str]  # those that the runtime's own kernels have a form of
     files: Mapping[str, FileEntry]
     model: DecoderModel | EncoderModel | VisionModel | EncoderDecoderModel
     generation: GenerationInfo

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from gemini.errors import BundleError, DeviceError, UsageError
+from gemini.runtime import kernels
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.hugepages import use_huge_pages_soon
 from gemini.runtime.providers import CPU, CUDA, RECORD, Provider, active_device, load_libraries, provider_list
@@ -64,7 +65,8 @@ def session_options(threads: int, spinning: bool = True) -> ort.SessionOptions:
 def open_graph(
     bundle: Bundle, key: str, device: str = "auto", threads: int | None = None, spinning: bool = True
 ) -> Graph:
-    """Load the graph ``key`` of a bundle: on CUDA that in half precision, on the CPU that in float32.
+    """Load the graph ``key`` of a bundle: on CUDA that in half precision, on the CPU that in float32, or that for
+    the runtime's own kernels (`gemini.runtime.kernels`).
 
     ``threads`` defaults to what the cgroup and the affinity mask allow. Raises DeviceError when the device
     is not active after loading, BundleError when onnxruntime cannot load the graph, UsageError for a bad
@@ -87,7 +89,10 @@ def open_graph(
     # A step is the same work at every call where the cache is one buffer and nothing else is read.
     model = bundle.manifest.model
     replays = half and isinstance(model, DecoderModel) and model.cache == "shared"
-    session = _open(bundle.graph(key, half), options, asked, replays)
+    fused = not half and key in bundle.manifest.fused_graphs and kernels.wanted()
+    if fused:
+        kernels.register(options, count)
+    session = _open(bundle.graph(key, half, fused), options, asked, replays)
     active = active_device(device, asked, session.get_providers())
     if active == "cpu":
         if half:

@@ -62,7 +62,7 @@ def _show(manifest: dict[str, Any]) -> None:
         "size": f"{megabytes(sum(sizes.values()))} in {len(sizes)} files",
         "graphs": [
             f"{file} ({megabytes(sizes.get(file, 0))})"
-            for named in ("graphs", "half_graphs")
+            for named in ("graphs", "half_graphs", "fused_graphs")
             for file in manifest.get(named, {}).values()
         ],
         "onnxruntime": f">= {requirements['onnxruntime']}" if "onnxruntime" in requirements else None,

@@ -1,0 +1,309 @@
+"""The same graph with whole runs of nodes as one: what the runtime's own kernels compute on a CPU.
+
+Products with weights in blocks and what stands between them (norms, activations, sums) become one node, Fused of
+the domain gemini, whose attributes list them as stages (`runtime/native/fused.c`). Which nodes go together follows
+from the graph alone: those with the same number of other nodes behind them on the longest way from its inputs, so
+that no way leaves a group and comes back. Attention stands between two groups, and so does whatever else has no
+stage. The copy stores no weight again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from gemini.export.fusions.patterns import CONTRIB, dims, first_input, only_user, produced_by
+
+DOMAIN = "gemini"
+BLOCKS = (32, 64, 128, 256)  # that the kernels know
+# `enum Kind` of fused.c
+PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU = range(9)
+_NORMS = ("SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
+_BINARY = {"Mul": TIMES, "Add": PLUS}
+Dims = tuple[str, ...]  # each a number, or the name of an axis
+Shapes = Mapping[str, Dims]  # by the name of the value
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One entry of a Fused node: values read and written, constants, and sizes.
+
+    ``reads`` and ``writes`` are activations of one row each; ``constants`` are in the order of the kind: codes,
+    scales, zero points and bias of a product, the gain of a norm.
+    """
+
+    kind: int
+    nodes: tuple[ir.Node, ...]
+    reads: tuple[ir.Value, ...]
+    writes: tuple[ir.Value | None, ...]
+    constants: tuple[ir.Value | None, ...] = ()
+    sizes: tuple[int, ...] = ()  # last dimension of what is read, and of what is written, where they differ
+    packing: tuple[int, ...] = ()  # bits and block size of a product
+    epsilon: float = 0.0
+
+
+def known_shapes(model: ir.Model) -> dict[str, Dims]:
+    """Dimensions of the graph's values as far as they are known: `finish` drops them."""
+    values = [value for value in _activations(model.graph) if value.name]
+    return {str(value.name): shape for value in values if (shape := dims(value)) is not None}
+
+
+def fuse_stages(model: ir.Model, shapes: Shapes) -> ir.Model | None:
+    """A copy of a finished graph with Fused nodes; None where it has no product for one.
+
+    ``shapes``: dimensions of values by name, as far as tracing knew them.
+    """
+    copy = ir.from_proto(ir.to_proto(model))
+    graph = copy.graph
+    widths = {value: width for value in _activations(graph) if (width := _last(shapes.get(value.name or "")))}
+    found = _stages(graph, widths, shapes)
+    groups = [stages for stages in _groups(graph, found) if any(s.kind == PRODUCT for s in stages)]
+    if not groups:
+        return None
+    renewed: dict[ir.Value, ir.Value] = {}
+    for index, stages in enumerate(groups):
+        _replace(graph, _in_turns(stages), widths, renewed, f"Fused_{index}")
+    copy.opset_imports[DOMAIN] = 1
+    common.RemoveUnusedNodesPass()(copy)
+    common.TopologicalSortPass()(copy)
+    return copy
+
+
+def _activations(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from (value for value in node.outputs if value.name)
+
+
+def _last(shape: Dims | None) -> int:
+    """The last dimension; 0 where it is not a number known beforehand."""
+    return int(shape[-1]) if shape and len(shape) > 1 and shape[-1].isdigit() else 0
+
+
+def _stages(graph: ir.Graph, widths: dict[ir.Value, int], shapes: Shapes) -> dict[ir.Node, Stage]:
+    """The stage that each node belongs to; ``widths`` is completed with what the stages say."""
+    found: dict[ir.Node, Stage] = {}
+    for node in graph:
+        if node in found:
+            continue
+        stage = _product(node) or _norm(node) or _silu(node, widths) or _alone(node, widths)
+        stage = stage or _binary(node, widths, shapes)
+        if stage is None:
+            continue
+        width = stage.sizes or (widths[stage.reads[0]],)
+        widths |= dict.fromkeys(stage.reads, width[0])
+        widths |= dict.fromkeys((value for value in stage.writes if value is not None), width[-1])
+        found |= dict.fromkeys(stage.nodes, stage)
+    return found
+
+
+def _product(node: ir.Node) -> Stage | None:
+    if node.op_type != "MatMulNBits" or node.domain != CONTRIB:
+        return None
+    k, n, bits, block = (node.attributes[name].as_int() for name in ("K", "N", "bits", "block_size"))
+    x, *constants = (*node.inputs, None, None, None, None)[:6]
+    codes, scales, zeros, groups, bias = constants
+    scales = _stored(scales)
+    fits = bits in (4, 8) and block in BLOCKS and groups is None and x is not None and not _is_constant(x)
+    if not fits or not all(value is None or _is_constant(value) for value in (codes, scales, zeros, bias)):
+        return None
+    assert x is not None
+    return Stage(
+        PRODUCT, (node,), (x,), tuple(node.outputs), (codes, scales, zeros, bias), (k, n), (bits, block)
+    )
+
+
+def _norm(node: ir.Node) -> Stage | None:
+    if node.op_type not in (*_NORMS, "LayerNormalization"):
+        return None
+    axis, epsilon = node.attributes.get("axis"), node.attributes.get("epsilon")
+    skips, centred = node.op_type == _NORMS[0], node.op_type == "LayerNormalization"
+    reads, (gain, *others) = node.inputs[: 1 + skips], node.inputs[1 + skips :]
+    bias = others[0] if centred and others else None
+    outputs = [value if value.name else None for value in node.outputs]
+    writes = (outputs[0], outputs[3] if skips and len(outputs) > 3 else None)
+    unknown = [*outputs[1 : 3 if skips else None], *others[bool(bias) :]]
+    if (axis is not None and axis.as_int() != -1) or any(value is not None for value in unknown):
+        return None
+    activations = [value for value in reads if value is not None and not _is_constant(value)]
+    if len(activations) != 1 + skips or not all(_is_vector(value) for value in (gain, bias) if value):
+        return None
+    assert gain is not None and gain.const_value is not None
+    number = 1e-5 if epsilon is None else epsilon.as_float()
+    kind, size = CENTRED_NORM if centred else NORM, int(gain.const_value.size)
+    return Stage(kind, (node,), tuple(activations), writes, (gain, bias), (size,), epsilon=number)
+
+
+def _is_vector(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 1
+
+
+def _silu(node: ir.Node, widths: dict[ir.Value, int]) -> Stage | None:
+    """x * Sigmoid(x), found at the product."""
+    if node.op_type != "Mul" or node.domain:
+        return None
+    for value, gate in (node.inputs, node.inputs[::-1]):
+        sigmoid = produced_by(gate, "Sigmoid")
+        if sigmoid is not None and sigmoid.inputs[0] is value and only_user(gate) is node and value in widths:
+            return Stage(SILU, (sigmoid, node), (value,), tuple(node.outputs))
+    return None
+
+
+def _alone(node: ir.Node, widths: dict[ir.Value, int]) -> Stage | None:
+    """An activation of one operator."""
+    if node.op_type not in ("Gelu", "Relu") or node.domain or (value := first_input(node)) not in widths:
+        return None
+    approximate = node.attributes.get("approximate")
+    tanh = approximate is not None and approximate.as_string() == "tanh"
+    kind = RELU if node.op_type == "Relu" else GELU_TANH if tanh else GELU
+    return Stage(kind, (node,), (value,), tuple(node.outputs))
+
+
+def _binary(node: ir.Node, widths: dict[ir.Value, int], shapes: Shapes) -> Stage | None:
+    """A sum or product of two activations of one shape: whatever is broadcast is none of these."""
+    if node.op_type not in _BINARY or node.domain:
+        return None
+    a, b = node.inputs
+    if a is None or b is None or a not in widths or widths[a] != widths.get(b):
+        return None
+    shape = shapes.get(a.name or "")
+    if shape is None or shape != shapes.get(b.name or ""):
+        return None
+    return Stage(_BINARY[node.op_type], (node,), (a, b), tuple(node.outputs))
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """Scales as they are stored: the kernels read float16 themselves."""
+    cast = produced_by(value, "Cast")
+    return value if cast is None else cast.inputs[0]
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return value.const_value is not None
+
+
+def _groups(graph: ir.Graph, found: dict[ir.Node, Stage]) -> list[list[Stage]]:
+    """Stages that are joined by values and have the same level, in the graph's order.
+
+    The level of a stage is the largest number of changes from stages to other nodes and back on a way to it.
+    """
+    levels: dict[ir.Node, int] = {}
+    for node in graph:
+        level = 0
+        for value in node.inputs:
+            before = None if value is None else value.producer()
+            if before is not None:
+                level = max(level, levels[before] + (node in found and before not in found))
+        levels[node] = level
+    for stage in found.values():  # the nodes of a stage stand together
+        level = max(levels[node] for node in stage.nodes)
+        levels |= dict.fromkeys(stage.nodes, level)
+    groups: dict[ir.Node, list[Stage]] = {}
+    leader: dict[ir.Node, ir.Node] = {}
+
+    def first(node: ir.Node) -> ir.Node:
+        while leader[node] is not node:
+            node = leader[node]
+        return node
+
+    stages = list(dict.fromkeys(found[node] for node in graph if node in found))
+    for stage in stages:
+        last = stage.nodes[-1]
+        leader[last] = last
+        neighbours = [value.producer() for value in stage.reads]
+        neighbours += [use.node for value in stage.reads for use in value.uses()]
+        for other in neighbours:
+            if other is None or other not in found:
+                continue
+            other = found[other].nodes[-1]
+            if other in leader and levels[other] == levels[last]:
+                leader[first(other)] = first(last)
+    for stage in stages:
+        groups.setdefault(first(stage.nodes[-1]), []).append(stage)
+    return list(groups.values())
+
+
+def _in_turns(stages: Sequence[Stage]) -> list[Stage]:
+    """The same stages: whatever rows can do before the next products, then all products that are ready."""
+    waiting, ordered = list(stages), []
+    inside = {value for stage in stages for value in stage.writes if value is not None}
+    while waiting:
+        for products in (False, True):
+            progress = True
+            while progress:
+                ready = [
+                    s
+                    for s in waiting
+                    if (s.kind == PRODUCT) == products and not any(v in inside for v in s.reads)
+                ]
+                ordered += ready
+                waiting = [s for s in waiting if s not in ready]
+                if not products:
+                    inside -= {value for stage in ready for value in stage.writes if value is not None}
+                progress = bool(ready) and not products
+            if products:
+                inside -= {value for stage in ready for value in stage.writes if value is not None}
+    return ordered
+
+
+def _replace(
+    graph: ir.Graph,
+    stages: Sequence[Stage],
+    widths: dict[ir.Value, int],
+    renewed: dict[ir.Value, ir.Value],
+    name: str,
+) -> None:
+    """Put one node in the place of the stages; ``renewed``: what earlier ones made, by what it replaced."""
+    nodes = {node for stage in stages for node in stage.nodes}
+    made = {value: None for stage in stages for value in stage.writes if value is not None}
+    inputs = dict.fromkeys(v for stage in stages for v in stage.reads if v not in made)
+    outputs = [
+        value
+        for value in made
+        if value.is_graph_output() or any(use.node not in nodes for use in value.uses())
+    ]
+    place = {value: index for index, value in enumerate((*inputs, *made))}
+    constants = dict.fromkeys(v for stage in stages for v in stage.constants if v is not None)
+    place_of_constant = {value: len(inputs) + index for index, value in enumerate(constants)}
+    entries: list[int] = []
+    weights: list[int] = []
+    for stage in stages:
+        reads = [place[value] for value in stage.reads]
+        writes = [-1 if value is None else place[value] for value in stage.writes]
+        its = [-1 if value is None else place_of_constant[value] for value in stage.constants]
+        extra = [-1, -1]
+        if stage.kind == PRODUCT:
+            extra = [len(weights) // 8, -1]
+            weights += [*its, *stage.sizes, *stage.packing]
+        elif its:
+            extra = its
+        entries += [stage.kind, *(reads + [-1])[:2], *(writes + [-1])[:2], *extra]
+    fused = ir.node(
+        "Fused",
+        inputs=[*(renewed.get(value, value) for value in inputs), *constants],
+        attributes={
+            "widths": [widths[value] for value in place],
+            "outputs": [place[value] for value in outputs],
+            "stages": entries,
+            "weights": weights,
+            "epsilons": [stage.epsilon for stage in stages],
+        },
+        domain=DOMAIN,
+        num_outputs=len(outputs),
+        name=name,
+    )
+    last = [node for node in graph if node in nodes][-1]
+    graph.insert_before(last, fused)
+    for old, new in zip(outputs, fused.outputs, strict=True):
+        name_of = old.name
+        if old.is_graph_output():
+            new.shape, new.type = old.shape, old.type
+        old.name = f"{name_of}/replaced"
+        new.name = name_of
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        renewed[old] = new
+    graph.remove([node for node in graph if node in nodes], safe=True)

@@ -1,0 +1,66 @@
+"""The runtime's own kernels for a CPU: where their library lies, and whether a session is to use them.
+
+They stand in a library that the installation builds where there is a C compiler (`runtime/native`), and run the
+graphs that a bundle keeps for them (manifest, "fused_graphs"). Without the library, or on another processor,
+onnxruntime's kernels run the portable graphs of the same bundle.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import onnxruntime as ort
+
+from gemini.errors import UsageError
+
+VARIABLE = "GEMINI_KERNELS"  # "own" or "onnxruntime"; unset: whichever is the faster one
+_OWN, _OTHERS = "own", "onnxruntime"
+_RUNS, _OUTDONE = 1, 2  # what gemini_processor says
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL, Path] | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_fused{suffix}")
+        if path.is_file():
+            try:
+                return ctypes.CDLL(str(path)), path
+            except OSError:  # built for another processor or system
+                return None
+    return None
+
+
+def available() -> bool:
+    """Whether the library is there and this processor can run it."""
+    found = _library()
+    return found is not None and found[0].gemini_processor() >= _RUNS
+
+
+def wanted() -> bool:
+    """Whether sessions are to use the own kernels: where they are the faster ones, or as GEMINI_KERNELS says.
+
+    Processors that add up 8-bit products in one instruction (VNNI) have onnxruntime's kernels for it. UsageError
+    for another value, or where "own" is asked for and cannot be.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", _OWN, _OTHERS):
+        raise UsageError(f"{VARIABLE} is {asked!r}.", f'Use "{_OWN}" or "{_OTHERS}", or unset it.')
+    if asked == _OWN and not available():
+        raise UsageError(
+            f"{VARIABLE} asks for the runtime's own kernels, which are not built or do not fit this processor.",
+            "Unset it, or install gemini-edge where there is a C compiler.",
+        )
+    found = _library()
+    return asked == _OWN or (asked == "" and found is not None and found[0].gemini_processor() == _RUNS)
+
+
+def register(options: ort.SessionOptions, threads: int) -> None:
+    """Let a session with these options know the operator of the own kernels; only where `available`."""
+    found = _library()
+    assert found is not None
+    found[0].gemini_use_threads(threads)
+    options.register_custom_ops_library(str(found[1]))
