@@ -37,7 +37,6 @@ from gemini.model.checkpoint import Checkpoint
 from gemini.runtime import kernels
 from gemini.runtime.schema import LayerShape
 
-
 # How much further than onnxruntime's own kernels from torch the runtime's kernels may be.
 FUSED_TOLERANCE = 1.5
 

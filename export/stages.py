@@ -1,10 +1,11 @@
 """The same graph with whole runs of nodes as one: what the runtime's own kernels compute on a CPU.
 
-Products with weights in blocks and what stands between them (norms, activations, sums) become one node, Fused of
-the domain gemini, whose attributes list them as stages (`runtime/native/fused.c`). Which nodes go together follows
-from the graph alone: those with the same number of other nodes behind them on the longest way from its inputs, so
-that no way leaves a group and comes back. Attention stands between two groups, and so does whatever else has no
-stage. The copy stores no weight again.
+Products with weights in blocks and what stands between them (norms, activations, sums, attention over kept
+keys and values) become one node, Fused of the domain gemini, whose attributes list them as stages
+(`runtime/native/fused.c`). Which nodes go together follows from the graph alone: those with the same number
+of other nodes behind them on the longest way from its inputs, so that no way leaves a group and comes back.
+A whole decoder is two of them: the layers, and the head behind the picking of positions. The copy stores no
+weight again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gemini.export.fusions.patterns import CONTRIB, dims, first_input, only_user
 DOMAIN = "gemini"
 BLOCKS = (32, 64, 128, 256)  # that the kernels know
 # `enum Kind` of fused.c
-PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU = range(9)
+PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION = range(10)
 _NORMS = ("SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
 _BINARY = {"Mul": TIMES, "Add": PLUS}
 Dims = tuple[str, ...]  # each a number, or the name of an axis
@@ -31,8 +32,8 @@ Shapes = Mapping[str, Dims]  # by the name of the value
 class Stage:
     """One entry of a Fused node: values read and written, constants, and sizes.
 
-    ``reads`` and ``writes`` are activations of one row each; ``constants`` are in the order of the kind: codes,
-    scales, zero points and bias of a product, the gain of a norm.
+    ``reads`` and ``writes`` are activations, row by row; ``constants`` are in the order of the kind: codes,
+    scales, zero points and bias of a product, gain and bias of a norm.
     """
 
     kind: int
@@ -40,9 +41,27 @@ class Stage:
     reads: tuple[ir.Value, ...]
     writes: tuple[ir.Value | None, ...]
     constants: tuple[ir.Value | None, ...] = ()
-    sizes: tuple[int, ...] = ()  # last dimension of what is read, and of what is written, where they differ
-    packing: tuple[int, ...] = ()  # bits and block size of a product
+    sizes: tuple[int, ...] = ()  # last dimension of what is read and written, if the stage says it
+    packing: tuple[
+        int, ...
+    ] = ()  # bits and block size of a product; of an attention what fused.c lists first
     epsilon: float = 0.0
+    tensors: tuple[ir.Value | None, ...] = ()  # other inputs of an attention: past, tables, scales, lengths
+    present: tuple[ir.Value, ...] = ()  # keys and values with the new ones
+    factors: tuple[float, ...] = ()  # scale and softcap
+
+
+def _keep_in_halves(graph: ir.Graph, attentions: Sequence[Stage]) -> None:
+    """Let past keys and values be float16 instead of float32, where all of them are read by Fused nodes.
+
+    A step over many tokens waits for memory, and float16 is off by a two-thousandth; 8-bit ones stay.
+    """
+    past = [value for stage in attentions for value in stage.tensors[:2] if value is not None]
+    if len(past) != sum((value.name or "").startswith("past.") for value in graph.inputs):
+        return
+    for value in (*past, *(value for stage in attentions for value in stage.present)):
+        if value.dtype == ir.DataType.FLOAT:
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
 
 
 def known_shapes(model: ir.Model) -> dict[str, Dims]:
@@ -63,6 +82,7 @@ def fuse_stages(model: ir.Model, shapes: Shapes) -> ir.Model | None:
     groups = [stages for stages in _groups(graph, found) if any(s.kind == PRODUCT for s in stages)]
     if not groups:
         return None
+    _keep_in_halves(graph, [stage for stages in groups for stage in stages if stage.kind == ATTENTION])
     renewed: dict[ir.Value, ir.Value] = {}
     for index, stages in enumerate(groups):
         _replace(graph, _in_turns(stages), widths, renewed, f"Fused_{index}")
@@ -90,7 +110,7 @@ def _stages(graph: ir.Graph, widths: dict[ir.Value, int], shapes: Shapes) -> dic
         if node in found:
             continue
         stage = _product(node) or _norm(node) or _silu(node, widths) or _alone(node, widths)
-        stage = stage or _binary(node, widths, shapes)
+        stage = stage or _binary(node, widths, shapes) or _attention(node, found, shapes)
         if stage is None:
             continue
         width = stage.sizes or (widths[stage.reads[0]],)
@@ -174,6 +194,67 @@ def _binary(node: ir.Node, widths: dict[ir.Value, int], shapes: Shapes) -> Stage
     if shape is None or shape != shapes.get(b.name or ""):
         return None
     return Stage(_BINARY[node.op_type], (node,), (a, b), tuple(node.outputs))
+
+
+# Attributes of GroupQueryAttention that the kernels know, and inputs: packed queries, keys and values, past
+# keys and values, lengths, tables, scales of codes.
+_KNOWN = (
+    "num_heads",
+    "kv_num_heads",
+    "scale",
+    "softcap",
+    "local_window_size",
+    "do_rotary",
+    "rotary_interleaved",
+)
+_QUANTIZED = ("k_quant_type", "v_quant_type", "kv_cache_bit_width")
+_QKV, _PAST, _LENGTHS, _TABLES, _SCALES = (0,), (3, 4), (5, 6), (7, 8), (12, 13)
+_WIDEST_HEAD = 256
+
+
+def _attention(node: ir.Node, found: Mapping[ir.Node, Stage], shapes: Shapes) -> Stage | None:
+    """Attention over kept keys and values whose queries, keys and values are one product here."""
+    if node.op_type != "GroupQueryAttention" or node.domain != CONTRIB:
+        return None
+    inputs = dict(enumerate(node.inputs))
+    known = (*_QKV, *_PAST, *_LENGTHS, *_TABLES, *_SCALES)
+    packed, past = inputs[_QKV[0]], [inputs[i] for i in _PAST]
+    source = None if packed is None else packed.producer()
+    number = {
+        name: node.attributes[name].as_int() for name in _KNOWN[:2] + _KNOWN[4:] if name in node.attributes
+    }
+    heads, kv_heads = number["num_heads"], number["kv_num_heads"]
+    shape = shapes.get(past[0].name or "") if past[0] is not None else None
+    if (
+        any(inputs[i] is not None for i in inputs if i not in known)
+        or not set(node.attributes) <= {*_KNOWN, *_QUANTIZED}
+        or node.attributes.get("kv_cache_bit_width", ir.AttrInt64("", 8)).as_int() != 8
+        or source not in found
+        or only_user(packed) is not node
+        or shape is None
+        or not shape[-1].isdigit()
+    ):
+        return None
+    dim = int(shape[-1])
+    assert packed is not None
+    if dim % 8 or dim > _WIDEST_HEAD or len(shapes.get(packed.name or "", ())) != 3:
+        return None
+    factor = {
+        name: node.attributes[name].as_float() for name in ("scale", "softcap") if name in node.attributes
+    }
+    rotary = number.get("do_rotary", 0) * (1 + number.get("rotary_interleaved", 0))
+    others = [inputs.get(i) for i in (*_PAST, *(_TABLES if rotary else (-1, -1)), *_SCALES)]
+    return Stage(
+        ATTENTION,
+        (node,),
+        (packed,),
+        tuple(node.outputs[:1]),
+        sizes=((heads + 2 * kv_heads) * dim, heads * dim),
+        packing=(heads, kv_heads, dim, rotary, max(0, number.get("local_window_size", 0))),
+        tensors=(*others, *(inputs[i] for i in _LENGTHS)),
+        present=tuple(node.outputs[1:3]),
+        factors=(factor.get("scale", 0.0) or dim**-0.5, factor.get("softcap", 0.0)),
+    )
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:
@@ -267,41 +348,56 @@ def _replace(
         if value.is_graph_output() or any(use.node not in nodes for use in value.uses())
     ]
     place = {value: index for index, value in enumerate((*inputs, *made))}
-    constants = dict.fromkeys(v for stage in stages for v in stage.constants if v is not None)
-    place_of_constant = {value: len(inputs) + index for index, value in enumerate(constants)}
+    attentions = [stage for stage in stages if stage.kind == ATTENTION]
+    others = dict.fromkeys(v for stage in stages for v in (*stage.constants, *stage.tensors) if v is not None)
+    position = {value: len(inputs) + index for index, value in enumerate(others)}
     entries: list[int] = []
     weights: list[int] = []
     for stage in stages:
         reads = [place[value] for value in stage.reads]
         writes = [-1 if value is None else place[value] for value in stage.writes]
-        its = [-1 if value is None else place_of_constant[value] for value in stage.constants]
-        extra = [-1, -1]
+        its = [-1 if value is None else position[value] for value in stage.constants]
+        extra = [*its, -1, -1][:2]
         if stage.kind == PRODUCT:
             extra = [len(weights) // 8, -1]
             weights += [*its, *stage.sizes, *stage.packing]
-        elif its:
-            extra = its
-        entries += [stage.kind, *(reads + [-1])[:2], *(writes + [-1])[:2], *extra]
-    fused = ir.node(
+        elif stage.kind == ATTENTION:
+            extra = [attentions.index(stage), -1]
+        entries += [stage.kind, *[*reads, -1][:2], *[*writes, -1][:2], *extra]
+    kept = [value for stage in attentions for value in stage.present]
+    tensors = [[-1 if v is None else position[v] for v in stage.tensors] for stage in attentions]
+    fused = ir.Node(
+        DOMAIN,
         "Fused",
-        inputs=[*(renewed.get(value, value) for value in inputs), *constants],
-        attributes={
-            "widths": [widths[value] for value in place],
-            "outputs": [place[value] for value in outputs],
-            "stages": entries,
-            "weights": weights,
-            "epsilons": [stage.epsilon for stage in stages],
-        },
-        domain=DOMAIN,
-        num_outputs=len(outputs),
+        [*(renewed.get(value, value) for value in inputs), *others],
+        attributes=[
+            ir.AttrInt64s("widths", [widths[value] for value in place]),
+            ir.AttrInt64s("outputs", [place[value] for value in outputs]),
+            ir.AttrInt64s("stages", entries),
+            ir.AttrInt64s("weights", weights),
+            ir.AttrFloat32s("epsilons", [stage.epsilon for stage in stages]),
+            ir.AttrInt64s(
+                "attentions",
+                [
+                    n
+                    for stage, at in zip(attentions, tensors, strict=True)
+                    for n in (*stage.packing, *at[:-2])
+                ],
+            ),
+            ir.AttrFloat32s("factors", [number for stage in attentions for number in stage.factors]),
+            ir.AttrInt64s("lengths", tensors[0][-2:] if tensors else []),
+        ],
+        num_outputs=len(outputs) + len(kept),
         name=name,
     )
+    outputs += kept
     last = [node for node in graph if node in nodes][-1]
     graph.insert_before(last, fused)
     for old, new in zip(outputs, fused.outputs, strict=True):
         name_of = old.name
-        if old.is_graph_output():
-            new.shape, new.type = old.shape, old.type
+        # The operator does not say what it makes: keys and values may be codes.
+        new.shape = old.shape if old.is_graph_output() else None
+        new.type = old.type or ir.TensorType(ir.DataType.FLOAT)
         old.name = f"{name_of}/replaced"
         new.name = name_of
         old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -58,8 +58,8 @@ class Bundle:
         return sum(files[name].size for name in files if name.endswith((".onnx", ".onnx.data")))
 
     def graph(self, key: str, half: bool = False, fused: bool = False) -> Path:
-        """The path of the graph ``key`` ("decoder", "encoder" or "vision"), of that in half precision, or of that
-        for the runtime's own kernels where there is one.
+        """The path of the graph ``key`` ("decoder", "encoder" or "vision"), of that in half precision, or of
+        that for the runtime's own kernels where there is one.
         """
         manifest = self.manifest
         if fused and key in manifest.fused_graphs:

@@ -1,8 +1,8 @@
 """The runtime's own kernels for a CPU: where their library lies, and whether a session is to use them.
 
-They stand in a library that the installation builds where there is a C compiler (`runtime/native`), and run the
-graphs that a bundle keeps for them (manifest, "fused_graphs"). Without the library, or on another processor,
-onnxruntime's kernels run the portable graphs of the same bundle.
+They stand in a library that the installation builds where there is a C compiler (`runtime/native`), and run
+the graphs that a bundle keeps for them (manifest, "fused_graphs"). Without the library, or on another
+processor, onnxruntime's kernels run the portable graphs of the same bundle.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def available() -> bool:
 def wanted() -> bool:
     """Whether sessions are to use the own kernels: where they are the faster ones, or as GEMINI_KERNELS says.
 
-    Processors that add up 8-bit products in one instruction (VNNI) have onnxruntime's kernels for it. UsageError
-    for another value, or where "own" is asked for and cannot be.
+    Processors that add up 8-bit products in one instruction (VNNI) have onnxruntime's kernels for it.
+    UsageError for another value, or where "own" is asked for and cannot be.
     """
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", _OWN, _OTHERS):
         raise UsageError(f"{VARIABLE} is {asked!r}.", f'Use "{_OWN}" or "{_OTHERS}", or unset it.')
     if asked == _OWN and not available():
         raise UsageError(
-            f"{VARIABLE} asks for the runtime's own kernels, which are not built or do not fit this processor.",
+            f"{VARIABLE} asks for the own kernels, which are not built or do not fit this processor.",
             "Unset it, or install gemini-edge where there is a C compiler.",
         )
     found = _library()

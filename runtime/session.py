@@ -65,8 +65,8 @@ def session_options(threads: int, spinning: bool = True) -> ort.SessionOptions:
 def open_graph(
     bundle: Bundle, key: str, device: str = "auto", threads: int | None = None, spinning: bool = True
 ) -> Graph:
-    """Load the graph ``key`` of a bundle: on CUDA that in half precision, on the CPU that in float32, or that for
-    the runtime's own kernels (`gemini.runtime.kernels`).
+    """Load the graph ``key`` of a bundle: on CUDA that in half precision, on the CPU that in float32, or that
+    for the runtime's own kernels (`gemini.runtime.kernels`).
 
     ``threads`` defaults to what the cgroup and the affinity mask allow. Raises DeviceError when the device
     is not active after loading, BundleError when onnxruntime cannot load the graph, UsageError for a bad

@@ -13,18 +13,32 @@
  *            for a product its place in `weights`, for a norm the inputs that hold its gain and bias (-1: none)
  *   weights  (products, 8): inputs that hold codes, scales, zero points, bias (-1: none), K, N, bits, block size
  *   epsilons (stages): of norms
+ *   attentions (attentions, 11): heads, heads of keys, a head's size, rotary (0 none, 1 halves, 2 pairs), window (0
+ *            none), inputs that hold past keys and values, cosines and sines (-1: none), scales of codes (-1: none)
+ *   factors  (attentions, 2): scale of scores, what they are capped at (0: nothing)
+ *   lengths  inputs that hold seqlens_k and total_sequence_length, as GroupQueryAttention has them
+ * The outputs after those of `outputs` are keys and values with the new ones, two an attention. A value that
+ * attention reads is queries, keys and values side by side, and is turned in place.
  */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdio.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "attention.h"
 #include "kernels.h"
 #include "ort.h"
 
-enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, KINDS };
-enum { STAGE_INTS = 7, WEIGHT_INTS = 8, MOST = 4096 };
+enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, KINDS };
+enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 11, MOST = 4096 };
+enum { MOST_PARTS = 8 }; /* that the keys of one token's attention are shared out in */
 enum { ALONE = 1 << 17 }; /* products of fewer multiplications are not worth a second thread */
 
 typedef struct {
@@ -35,15 +49,27 @@ typedef struct {
     float epsilon;
 } Stage;
 
+/* What a phase shares out: rows, columns of products, or heads and queries. */
+enum Share { ROWS, COLUMNS, ATTEND };
 typedef struct {
-    int products;          /* whether columns are shared out, or rows */
-    int first, count;      /* in `order` */
+    enum Share share;
+    int first, count; /* of its steps */
 } Phase;
 
-/* What a phase of rows does: a stage, or the rounding of a value to 8 bits. */
+/* What is done in a phase: a stage, one end of an attention, or the rounding of a value to 8 bits. */
+enum Part { WHOLE, STORE, COMBINE, ROUND };
 typedef struct {
-    int stage, rounded; /* one of them is -1 */
+    enum Part part;
+    int stage, rounded; /* the value, for ROUND */
 } Step;
+
+/* Where an attention finds what it needs. */
+typedef struct {
+    Attention shape;
+    int past[2], tables[2]; /* inputs: keys and values, cosines and sines */
+    const float *scales[2]; /* of codes: keys, values */
+    int step[2];            /* 1: a scale a channel, 0: one in all */
+} Keeping;
 
 typedef struct {
     Api api;
@@ -52,12 +78,23 @@ typedef struct {
     int *slot, slots, *slot_width;   /* of values that lie in scratch memory; -1: an input or output */
     Stage *stage;
     Weights *weights;
-    void **owned; /* what pad_last_row made */
+    void **owned; /* packed weights */
     Step *step;
     Phase *phase;
     size_t panel;
     int64_t per_row; /* multiplications */
+    int attentions, lengths[2];
+    Keeping *keeping;
 } Program;
+
+/* Keys and values of one attention in a run: (batch, heads, capacity, dim). */
+typedef struct {
+    uint8_t *kept[2];
+    const float *tables[2];
+    enum Kept kind;
+    int half; /* numbers a row of a table has */
+    int64_t capacity;
+} Cache;
 
 typedef struct {
     const Program *program;
@@ -67,6 +104,11 @@ typedef struct {
     uint8_t *panels;
     atomic_int *next, *done, panels_taken;
     int *pieces;
+    /* of attention: tokens a row of the batch, how many are behind them, the parts that keys are shared out in */
+    int batch, length, total, parts;
+    const int32_t *lengths;
+    Cache *caches;
+    float *largest, *sums, *totals; /* (rows, heads, parts[, dim]) */
 } Run;
 
 /* ---- memory that one run after the other uses ---- */
@@ -116,9 +158,95 @@ static size_t aligned(size_t size) { return (size + 63) / 64 * 64; }
 
 /* ---- a run ---- */
 
+/* How many tokens stand before the first of this call in a row of the batch. */
+static int tokens_before(const Run *run, int batch) {
+    return run->length == run->total ? 0 : run->lengths[batch] + 1 - run->length;
+}
+
+static size_t size_of(enum Kept kind) { return kind == FLOATS ? 4 : kind == HALVES ? 2 : 1; }
+
+static uint8_t *kept_at(const Cache *cache, int which, const Attention *a, int batch, int head, int64_t token) {
+    const int64_t place = ((int64_t)batch * a->kv_heads + head) * cache->capacity + token;
+    return cache->kept[which] + place * a->dim * size_of(cache->kind);
+}
+
+/* Turns a row's queries and keys by its position and puts keys and values where they are kept. */
+static void store(const Run *run, const Stage *s, int row) {
+    const Keeping *keeping = &run->program->keeping[s->weights];
+    const Cache *cache = &run->caches[s->weights];
+    const Attention *a = &keeping->shape;
+    const int batch = row / run->length, position = tokens_before(run, batch) + row % run->length;
+    float *x = run->value[s->a] + (size_t)row * run->program->widths[s->a];
+    if (a->rotary) {
+        const float *c = cache->tables[0] + (size_t)position * cache->half;
+        const float *t = cache->tables[1] + (size_t)position * cache->half;
+        for (int head = 0; head < a->heads + a->kv_heads; head++)
+            rotate(x + head * a->dim, c, t, cache->half, a->rotary == 2);
+    }
+    for (int which = 0; which < 2; which++) {
+        const float *from = x + (a->heads + which * a->kv_heads) * a->dim;
+        for (int head = 0; head < a->kv_heads; head++, from += a->dim) {
+            uint8_t *to = kept_at(cache, which, a, batch, head, position);
+            if (cache->kind == FLOATS) memcpy(to, from, sizeof(float) * a->dim);
+            else if (cache->kind == HALVES) narrow(from, a->dim, (uint16_t *)to);
+            else {
+                const int step = keeping->step[which];
+                round_to_codes(from, keeping->scales[which] + head * a->dim * step, step, a->dim, (int8_t *)to);
+            }
+        }
+    }
+}
+
+/* A piece of an attention: for one token a row, some of the keys of one head of keys; else some queries. */
+static void run_attention(const Run *run, const Stage *s, int piece) {
+    enum { QUERIES = 16 };
+    const Program *p = run->program;
+    const Keeping *keeping = &p->keeping[s->weights];
+    const Cache *cache = &run->caches[s->weights];
+    const Attention *a = &keeping->shape;
+    const int group = a->heads / a->kv_heads, in = p->widths[s->a], width = p->widths[s->out];
+    const int alone = run->length == 1, blocks = (run->length + QUERIES - 1) / QUERIES;
+    const int part = alone ? piece % run->parts : piece % blocks, rest = piece / (alone ? run->parts : blocks);
+    const int heads = alone ? a->kv_heads : a->heads, head = rest % heads, batch = rest / heads;
+    const int kv = alone ? head : head / group, before = tokens_before(run, batch);
+    Heads kept = {.kind = cache->kind, .key_step = keeping->step[0], .value_step = keeping->step[1]};
+    kept.keys = kept_at(cache, 0, a, batch, kv, 0), kept.values = kept_at(cache, 1, a, batch, kv, 0);
+    if (cache->kind == CODES) {
+        kept.key_scales = keeping->scales[0] + kv * a->dim * keeping->step[0];
+        kept.value_scales = keeping->scales[1] + kv * a->dim * keeping->step[1];
+    }
+    const int each = alone ? ((run->total + run->parts - 1) / run->parts + KEYS - 1) / KEYS * KEYS : 0;
+    const int end = alone ? group : part * QUERIES + QUERIES < run->length ? part * QUERIES + QUERIES : run->length;
+    float largest[4], sums[4], totals[4][MOST_DIM];
+    for (int at = alone ? 0 : part * QUERIES; at < end; at += 4) {
+        const int count = end - at < 4 ? end - at : 4;
+        const float *queries[4];
+        int positions[4];
+        Partial out[4];
+        for (int i = 0; i < count; i++) {
+            const int row = batch * run->length + (alone ? 0 : at + i), h = alone ? kv * group + at + i : head;
+            queries[i] = run->value[s->a] + (size_t)row * in + h * a->dim;
+            positions[i] = before + (alone ? 0 : at + i);
+            const size_t place = ((size_t)row * a->heads + h) * run->parts + part;
+            out[i] = run->parts == 1 ? (Partial){&largest[i], &sums[i], totals[i]}
+                                     : (Partial){run->largest + place, run->sums + place, run->totals + place * a->dim};
+        }
+        const int seen = positions[count - 1] + 1;
+        int first = alone ? part * each : 0, last = alone && first + each < seen ? first + each : seen;
+        const int nearest = a->window > 0 ? positions[0] + 1 - a->window : 0;
+        if (first < nearest) first = nearest / KEYS * KEYS > first ? nearest / KEYS * KEYS : first;
+        attend(a, &kept, queries, positions, count, first, last, out);
+        if (run->parts > 1) continue;
+        for (int i = 0; i < count; i++) {
+            const int row = batch * run->length + (alone ? 0 : at + i), h = alone ? kv * group + at + i : head;
+            combine(&largest[i], &sums[i], totals[i], 1, a->dim, run->value[s->out] + (size_t)row * width + h * a->dim);
+        }
+    }
+}
+
 static void run_step(const Run *run, const Step *step, int row) {
     const Program *p = run->program;
-    if (step->rounded >= 0) {
+    if (step->part == ROUND) {
         const int v = step->rounded;
         quantize_row(run->value[v] + (size_t)row * p->widths[v], &run->rows8[v], row);
         return;
@@ -133,12 +261,23 @@ static void run_step(const Run *run, const Step *step, int row) {
                  out);
         break;
     case CENTRED_NORM: layer_norm(a, s->gain, s->bias, s->epsilon, (int)width, out); break;
+    case TIMES: times(a, b, (int)width, out); break;
+    case PLUS: plus(a, b, (int)width, out); break;
     case SILU: silu(a, (int)width, out); break;
     case GELU: gelu(a, (int)width, out); break;
     case GELU_TANH: gelu_tanh(a, (int)width, out); break;
     case RELU: relu(a, (int)width, out); break;
-    case TIMES: times(a, b, (int)width, out); break;
-    case PLUS: plus(a, b, (int)width, out); break;
+    case ATTENTION:
+        if (step->part == STORE) store(run, s, row);
+        else if (run->parts > 1) {
+            const Attention *shape = &p->keeping[s->weights].shape;
+            for (int h = 0; h < shape->heads; h++) {
+                const size_t place = ((size_t)row * shape->heads + h) * run->parts;
+                combine(run->largest + place, run->sums + place, run->totals + place * shape->dim, run->parts, shape->dim,
+                        out + h * shape->dim);
+            }
+        }
+        break;
     default: break;
     }
 }
@@ -170,7 +309,9 @@ static void work(void *data, size_t task) {
         const int pieces = run->pieces[i];
         int piece;
         while ((piece = atomic_fetch_add_explicit(&run->next[i], 1, memory_order_relaxed)) < pieces) {
-            if (phase->products) {
+            if (phase->share == ATTEND) {
+                run_attention(run, &p->stage[p->step[phase->first].stage], piece);
+            } else if (phase->share == COLUMNS) {
                 if (!panel) panel = run->panels + p->panel * atomic_fetch_add(&run->panels_taken, 1);
                 run_columns(run, phase, piece, panel);
             } else {
@@ -186,6 +327,75 @@ static void work(void *data, size_t task) {
             if (turns > 20000) sched_yield(); /* whoever has the last piece may have lost its processor */
         }
     }
+}
+
+/* The bytes, type and dimensions of an input that has this rank. */
+static Status tensor_of(Api api, void *context, int input, int64_t *dims, size_t rank, int *type, void **data) {
+    const void *tensor;
+    void *shape;
+    size_t found = 0;
+    Status status = CALL(api, CONTEXT_INPUT, context, (size_t)input, &tensor);
+    if (status || !tensor) return status ? status : CALL(api, CREATE_STATUS, INVALID_ARGUMENT, "Fused: no input");
+    if ((status = CALL(api, TYPE_AND_SHAPE, tensor, &shape))) return status;
+    status = CALL(api, DIMENSION_COUNT, shape, &found);
+    if (!status) status = CALL(api, ELEMENT_TYPE, shape, type);
+    if (!status && found == rank && rank) status = CALL(api, DIMENSIONS, shape, dims, rank);
+    ((void (*)(void *))api[RELEASE_SHAPE])(shape);
+    if (status) return status;
+    if (found != rank) return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, "Fused: an input has another rank");
+    return CALL(api, TENSOR_DATA, tensor, data);
+}
+
+/* Looks up past keys and values, tables and lengths, makes room for the new ones, and checks that all fits. */
+static Status find_caches(Run *run, void *context) {
+    const Program *p = run->program;
+    Api api = p->api;
+    Status status;
+    int64_t dims[8];
+    int type;
+    const int32_t *total;
+    const char *const wrong = "Fused: keys, values or lengths have other shapes than the node says";
+    if ((status = tensor_of(api, context, p->lengths[0], dims, 1, &type, (void **)&run->lengths))) return status;
+    if (type != TYPE_INT32 || dims[0] != run->batch) return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, wrong);
+    if ((status = tensor_of(api, context, p->lengths[1], dims, 0, &type, (void **)&total))) return status;
+    if (type != TYPE_INT32) return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, wrong);
+    run->total = *total;
+    int longest = 0;
+    for (int b = 0; b < run->batch; b++) {
+        const int before = tokens_before(run, b);
+        if (before < 0 || before + run->length > run->total) return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, wrong);
+        if (before + run->length > longest) longest = before + run->length;
+    }
+    for (int i = 0; i < p->attentions; i++) {
+        const Keeping *keeping = &p->keeping[i];
+        const Attention *a = &keeping->shape;
+        Cache *cache = &run->caches[i];
+        for (int which = 0; which < 2; which++) {
+            void *past, *tensor, *present;
+            if ((status = tensor_of(api, context, keeping->past[which], dims, 4, &type, &past))) return status;
+            cache->kind = type == TYPE_INT8 ? CODES : type == TYPE_FLOAT16 ? HALVES : FLOATS;
+            if ((type != TYPE_FLOAT && type != TYPE_FLOAT16 && type != TYPE_INT8) || (type == TYPE_INT8) != (keeping->scales[which] != NULL) ||
+                dims[0] != run->batch || dims[1] != a->kv_heads || dims[3] != a->dim ||
+                (which && (dims[2] > run->total ? dims[2] : run->total) != cache->capacity))
+                return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, wrong);
+            const int64_t behind = dims[2], capacity = behind > run->total ? behind : run->total;
+            dims[2] = cache->capacity = capacity;
+            const size_t output = p->output_count + 2 * i + which, size = size_of(cache->kind) * a->dim;
+            if ((status = CALL(api, CONTEXT_OUTPUT, context, output, dims, (size_t)4, &tensor))) return status;
+            if ((status = CALL(api, TENSOR_DATA, tensor, &present))) return status;
+            if (present != past)
+                for (int64_t h = 0; h < (int64_t)run->batch * a->kv_heads; h++)
+                    memcpy((uint8_t *)present + h * capacity * size, (uint8_t *)past + h * behind * size, behind * size);
+            cache->kept[which] = present;
+            if (!a->rotary) continue;
+            void *table;
+            if ((status = tensor_of(api, context, keeping->tables[which], dims, 2, &type, &table))) return status;
+            if (type != TYPE_FLOAT || dims[0] < longest || dims[1] * 2 > a->dim || (which && dims[1] != cache->half))
+                return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, wrong);
+            cache->tables[which] = table, cache->half = (int)dims[1];
+        }
+    }
+    return NULL;
 }
 
 static Status compute(void *kernel, void *context) {
@@ -224,43 +434,71 @@ static Status compute(void *kernel, void *context) {
     }
     if (rows == 0) return NULL;
 
-    Run run = {.program = p, .rows = (int)rows, .value = value};
+    Run run = {.program = p, .rows = (int)rows, .value = value, .parts = 1};
+    Cache *caches = NULL;
+    if (p->attentions) {
+        if (rank != 3 || !(caches = calloc(p->attentions, sizeof *caches)))
+            return CALL(api, CREATE_STATUS, FAIL, "Fused: attention needs memory and three dimensions");
+        run.batch = (int)dims[0], run.length = (int)dims[1], run.caches = caches;
+        if ((status = find_caches(&run, context))) {
+            free(caches);
+            return status;
+        }
+        if (run.length == 1) {
+            const int parts = (run.total + KEYS - 1) / KEYS;
+            run.parts = parts < MOST_PARTS ? parts : MOST_PARTS;
+        }
+    }
     const int many = rows >= PANEL_ROWS;
-    size_t size = aligned(sizeof(Rows8) * p->values) + 3 * aligned(sizeof(int) * p->phases);
+    size_t heads = 0, head_numbers = 0;
+    for (int i = 0; i < p->attentions && run.parts > 1; i++) {
+        const Attention *a = &p->keeping[i].shape;
+        if ((size_t)a->heads > heads) heads = a->heads;
+        if ((size_t)a->heads * a->dim > head_numbers) head_numbers = (size_t)a->heads * a->dim;
+    }
+    heads *= rows * run.parts, head_numbers *= rows * run.parts;
+    size_t size = aligned(sizeof(Rows8) * p->values) + 3 * aligned(sizeof(int) * p->phases) +
+                  2 * aligned(heads * sizeof(float)) + aligned(head_numbers * sizeof(float));
     for (int s = 0; s < p->slots; s++) size += aligned(rows * p->slot_width[s] * sizeof(float));
     for (int v = 0; v < p->values; v++)
         if (p->rounded[v]) {
-            const size_t padded = padded_width(p->widths[v]);
-            size += aligned(rows * padded) * 2 + aligned(rows * padded / 2) +
-                    aligned(rows * sum_width(p->widths[v]) * sizeof(float));
+            const size_t groups = (p->widths[v] + GROUP - 1) / GROUP;
+            size += aligned(rows * groups * GROUP) + 2 * aligned(rows * groups * sizeof(float));
         }
     size += many ? aligned(p->panel) * (offered + 1) : 0;
     Arena *arena = take_arena(size);
-    if (!arena) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
+    if (!arena) {
+        free(caches);
+        return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
+    }
     uint8_t *at = arena->bytes;
 #define TAKE(bytes) (at += aligned(bytes), at - aligned(bytes))
     run.rows8 = (Rows8 *)TAKE(sizeof(Rows8) * p->values);
     run.next = (atomic_int *)TAKE(sizeof(int) * p->phases);
     run.done = (atomic_int *)TAKE(sizeof(int) * p->phases);
     run.pieces = (int *)TAKE(sizeof(int) * p->phases);
+    run.largest = (float *)TAKE(heads * sizeof(float)), run.sums = (float *)TAKE(heads * sizeof(float));
+    run.totals = (float *)TAKE(head_numbers * sizeof(float));
     float *slots[MOST];
     for (int s = 0; s < p->slots; s++) slots[s] = (float *)TAKE(rows * p->slot_width[s] * sizeof(float));
     for (int v = 0; v < p->values; v++) {
         if (p->slot[v] >= 0) value[v] = slots[p->slot[v]];
         if (!p->rounded[v]) continue;
-        const int width = p->widths[v], padded = padded_width(width), sums = sum_width(width);
-        run.rows8[v] = (Rows8){.k = width, .padded = padded, .sum_width = sums};
-        run.rows8[v].plain = (int8_t *)TAKE(rows * padded);
-        run.rows8[v].split = (int8_t *)TAKE(rows * padded);
-        run.rows8[v].scales = (float *)TAKE(rows * padded / 2);
-        run.rows8[v].sums = (float *)TAKE(rows * sums * sizeof(float));
+        const int groups = (p->widths[v] + GROUP - 1) / GROUP;
+        run.rows8[v] = (Rows8){.k = p->widths[v], .groups = groups};
+        run.rows8[v].codes = (int8_t *)TAKE(rows * groups * GROUP);
+        run.rows8[v].scales = (float *)TAKE(rows * groups * sizeof(float));
+        run.rows8[v].sums = (float *)TAKE(rows * groups * sizeof(float));
     }
     run.panels = at;
     int most = 1;
     for (int i = 0; i < p->phases; i++) {
         const Phase *phase = &p->phase[i];
         int pieces = 0;
-        if (phase->products)
+        if (phase->share == ATTEND) {
+            const Attention *a = &p->keeping[p->stage[p->step[phase->first].stage].weights].shape;
+            pieces = run.batch * (run.length == 1 ? a->kv_heads * run.parts : a->heads * ((run.length + 15) / 16));
+        } else if (phase->share == COLUMNS)
             for (int j = 0; j < phase->count; j++) {
                 const Weights *w = &p->weights[p->stage[p->step[phase->first + j].stage].weights];
                 const int piece = column_piece(w->n, (int)rows);
@@ -278,6 +516,7 @@ static Status compute(void *kernel, void *context) {
     if (tasks == 1) work(&run, 0);
     else status = CALL(api, PARALLEL_FOR, context, work, (size_t)tasks, (size_t)0, &run);
     give_back(arena);
+    free(caches);
     return status;
 }
 
@@ -323,12 +562,55 @@ static Status constant(Api api, const void *info, int input, size_t wanted, int 
     return CALL(api, TENSOR_DATA, tensor, data);
 }
 
-static Status read_weights(Program *p, const void *info, const int *from, Weights *w, void **owned) {
+/* Ranges of memory that are data of files. */
+typedef struct {
+    uintptr_t (*range)[2];
+    int count;
+} Files;
+
+static Files mapped_files(void) {
+    Files files = {NULL, 0};
+#ifdef __linux__
+    FILE *maps = fopen("/proc/self/maps", "r");
+    char line[512];
+    while (maps && fgets(line, sizeof line, maps)) {
+        unsigned long low, high, inode;
+        char rights[5];
+        /* address range, rights, offset, device, inode (0: no file), path; see proc(5) */
+        if (sscanf(line, "%lx-%lx %4s %*s %*s %lu", &low, &high, rights, &inode) != 4) continue;
+        if (!inode || rights[2] == 'x' || rights[3] != 'p') continue;
+        void *more = realloc(files.range, (files.count + 1) * sizeof *files.range);
+        if (!more) break;
+        files.range = more;
+        files.range[files.count][0] = low, files.range[files.count++][1] = high;
+    }
+    if (maps) fclose(maps);
+#endif
+    return files;
+}
+
+/* Lets go of pages that a constant of a file was read from: nobody writes to constants, so they can be read again.
+ * Constants in other memory are left alone. */
+static void forget(const Files *files, const void *data, size_t size) {
+#ifdef __linux__
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = (uintptr_t)data;
+    const uintptr_t first = (at + page - 1) / page * page, end = (at + size) / page * page;
+    for (int i = 0; i < files->count && end > first; i++)
+        if (files->range[i][0] <= first && end <= files->range[i][1]) {
+            madvise((void *)first, end - first, MADV_DONTNEED);
+            return;
+        }
+#else
+    (void)files, (void)data, (void)size;
+#endif
+}
+
+static Status read_weights(Program *p, const void *info, const int *from, const Files *files, Weights *w, void **owned) {
     Api api = p->api;
     const int k = from[4], n = from[5], bits = from[6], block = from[7];
     if (k < 1 || n < 1 || (bits != 4 && bits != 8) || block < GROUP || block > 1024 || (block & (block - 1)))
         return refuse(api, "Fused: weights of these sizes are not known");
-    *w = (Weights){.k = k, .n = n, .bits = bits, .block = block, .blocks = (k + block - 1) / block};
+    *w = (Weights){.k = k, .n = n, .bits = bits, .block = block, .blocks = (k + block - 1) / block, .groups = (k + GROUP - 1) / GROUP};
     const size_t all = (size_t)n * w->blocks;
     const size_t zeros = bits == 8 ? all : (size_t)n * ((w->blocks + 1) / 2);
     int type;
@@ -346,18 +628,58 @@ static Status read_weights(Program *p, const void *info, const int *from, Weight
         if ((status = constant(api, info, from[3], n, TYPE_FLOAT, TYPE_FLOAT, &data, NULL))) return status;
         w->bias = data;
     }
-    *owned = pad_last_row(w);
-    return *owned ? NULL : CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
+    *owned = aligned_alloc(64, aligned(packed_bytes(w)));
+    if (!*owned) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
+    pack(w, *owned);
+    forget(files, w->codes, all * block * bits / 8);
+    forget(files, w->scales, all * (w->half_scales ? 2 : 4));
+    w->codes = NULL, w->scales = NULL, w->zeros = NULL; /* nothing reads them again */
+    return NULL;
+}
+
+static Status read_attention(Program *p, const void *info, const int *from, const float *factors, Keeping *to) {
+    Api api = p->api;
+    Attention *a = &to->shape;
+    *a = (Attention){from[0], from[1], from[2], from[3], from[4], factors[0], factors[1]};
+    if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->dim < 8 || a->dim > MOST_DIM || a->dim % 8 ||
+        a->heads > MOST || a->rotary < 0 || a->rotary > 2 || a->window < 0 || from[5] < 0 || from[6] < 0 ||
+        (a->rotary && (from[7] < 0 || from[8] < 0)))
+        return refuse(api, "Fused: an attention of these sizes is not known");
+    for (int which = 0; which < 2; which++) {
+        to->past[which] = from[5 + which], to->tables[which] = from[7 + which];
+        if (from[9 + which] < 0) continue;
+        const void *scales;
+        const size_t channels = (size_t)a->kv_heads * a->dim;
+        Status status = constant(api, info, from[9 + which], channels, TYPE_FLOAT, TYPE_FLOAT, &scales, NULL);
+        to->step[which] = 1;
+        if (status) {
+            ((void (*)(void *))api[RELEASE_STATUS])(status);
+            if ((status = constant(api, info, from[9 + which], 1, TYPE_FLOAT, TYPE_FLOAT, &scales, NULL))) return status;
+            to->step[which] = 0;
+        }
+        to->scales[which] = scales;
+    }
+    return NULL;
 }
 
 static void destroy(void *kernel) {
     Program *p = kernel;
     for (int i = 0; p->owned && i < p->products; i++) free(p->owned[i]);
     free(p->widths), free(p->outputs), free(p->rounded), free(p->slot), free(p->slot_width), free(p->stage);
-    free(p->weights), free(p->owned), free(p->step), free(p->phase), free(p);
+    free(p->weights), free(p->owned), free(p->step), free(p->phase), free(p->keeping), free(p);
 }
 
 static int is_value(const Program *p, int v) { return v >= 0 && v < p->values; }
+
+static Phase *next_phase(Program *p, enum Share share) {
+    p->phase[p->phases] = (Phase){.share = share, .first = p->steps};
+    return &p->phase[p->phases++];
+}
+
+static void add_step(Program *p, Phase *phase, enum Part part, int stage, int rounded) {
+    p->step[p->steps++] = (Step){part, stage, rounded};
+    phase->count++;
+}
 
 /* Stages in their order become phases; before a product its activations are rounded, once. */
 static void plan(Program *p) {
@@ -367,27 +689,23 @@ static void plan(Program *p) {
         Stage *s = &p->stage[i];
         Phase *last = p->phases ? &p->phase[p->phases - 1] : NULL;
         if (s->kind == PRODUCT) {
-            int fresh = 0; /* whether the rounding is a step of the last phase */
             if (!p->rounded[s->a]) {
-                if (!last || last->products) {
-                    last = &p->phase[p->phases++];
-                    *last = (Phase){.products = 0, .first = p->steps};
-                }
-                p->step[p->steps++] = (Step){.stage = -1, .rounded = s->a};
-                last->count++;
+                if (!last || last->share != ROWS) last = next_phase(p, ROWS);
+                add_step(p, last, ROUND, -1, s->a);
                 p->rounded[s->a] = p->phases; /* one more than its phase */
-                fresh = 1;
             }
-            if (fresh || !last->products || p->rounded[s->a] == p->phases) {
-                last = &p->phase[p->phases++];
-                *last = (Phase){.products = 1, .first = p->steps};
-            }
-        } else if (!last || last->products) {
-            last = &p->phase[p->phases++];
-            *last = (Phase){.products = 0, .first = p->steps};
+            if (last->share != COLUMNS || p->rounded[s->a] == p->phases) last = next_phase(p, COLUMNS);
+        } else if (!last || last->share != ROWS) {
+            last = next_phase(p, ROWS);
         }
-        p->step[p->steps++] = (Step){.stage = i, .rounded = -1};
-        last->count++;
+        if (s->kind == ATTENTION) {
+            add_step(p, last, STORE, i, -1);
+            add_step(p, next_phase(p, ATTEND), WHOLE, i, -1);
+            written[s->out] = p->phases - 1;
+            add_step(p, next_phase(p, ROWS), COMBINE, i, -1);
+            continue;
+        }
+        add_step(p, last, WHOLE, i, -1);
         written[s->out] = p->phases - 1;
         if (s->second >= 0) written[s->second] = p->phases - 1;
     }
@@ -397,7 +715,8 @@ static void plan(Program *p) {
         for (int j = 0; j < p->phase[i].count; j++) {
             const Step *step = &p->step[p->phase[i].first + j];
             const Stage *s = step->stage < 0 ? NULL : &p->stage[step->stage];
-            if (step->rounded >= 0) until[step->rounded] = i;
+            if (step->part == ROUND) until[step->rounded] = i;
+            if (step->part == COMBINE) until[s->out] = i;
             if (s && s->kind != PRODUCT) until[s->a] = i;
             if (s && s->b >= 0) until[s->b] = i;
         }
@@ -421,8 +740,10 @@ static void plan(Program *p) {
 static Status create(const CustomOp *op, Api api, const void *info, void **kernel) {
     (void)op;
     Program *p = calloc(1, sizeof *p);
-    int *stages = NULL, *weights = NULL, stage_ints = 0, weight_ints = 0;
-    float *epsilons = NULL;
+    int *stages = NULL, *weights = NULL, *attentions = NULL, *lengths = NULL;
+    int stage_ints = 0, weight_ints = 0, attention_ints = 0, length_ints = 0;
+    float *epsilons = NULL, *factors = NULL;
+    Files files = {NULL, 0};
     Status status;
     if (!p) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
     p->api = api;
@@ -430,6 +751,12 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if ((status = read_ints(api, info, "outputs", &p->outputs, &p->output_count))) goto failed;
     if ((status = read_ints(api, info, "stages", &stages, &stage_ints))) goto failed;
     if ((status = read_ints(api, info, "weights", &weights, &weight_ints))) goto failed;
+    if ((status = read_ints(api, info, "attentions", &attentions, &attention_ints))) goto failed;
+    if ((status = read_ints(api, info, "lengths", &lengths, &length_ints))) goto failed;
+    p->attentions = attention_ints / ATTENTION_INTS;
+    size_t factor_count = 2 * (size_t)p->attentions;
+    factors = calloc(factor_count + 1, sizeof *factors);
+    p->keeping = calloc(p->attentions + 1, sizeof *p->keeping);
     p->stages = stage_ints / STAGE_INTS, p->products = weight_ints / WEIGHT_INTS;
     size_t epsilon_count = p->stages;
     epsilons = calloc(p->stages + 1, sizeof *epsilons);
@@ -437,14 +764,19 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     p->slot = calloc(p->values + 1, sizeof(int)), p->slot_width = calloc(p->values + 1, sizeof(int));
     p->stage = calloc(p->stages + 1, sizeof *p->stage);
     p->weights = calloc(p->products + 1, sizeof *p->weights), p->owned = calloc(p->products + 1, sizeof(void *));
-    p->step = calloc(2 * p->stages + 1, sizeof *p->step), p->phase = calloc(2 * p->stages + 1, sizeof *p->phase);
-    if (!epsilons || !p->rounded || !p->slot || !p->slot_width || !p->stage || !p->weights || !p->owned || !p->step ||
+    p->step = calloc(3 * p->stages + 1, sizeof *p->step), p->phase = calloc(3 * p->stages + 1, sizeof *p->phase);
+    if (!factors || !p->keeping || !epsilons || !p->rounded || !p->slot || !p->slot_width || !p->stage || !p->weights || !p->owned || !p->step ||
         !p->phase) {
         status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
         goto failed;
     }
     if ((status = CALL(api, ATTRIBUTE_FLOATS, info, "epsilons", epsilons, &epsilon_count))) goto failed;
+    if (p->attentions && (status = CALL(api, ATTRIBUTE_FLOATS, info, "factors", factors, &factor_count))) goto failed;
     status = refuse(api, "Fused: the node's attributes do not fit together");
+    if (attention_ints % ATTENTION_INTS || factor_count != 2 * (size_t)p->attentions || (p->attentions && length_ints != 2))
+        goto failed;
+    if (p->attentions) memcpy(p->lengths, lengths, sizeof p->lengths);
+    if (p->attentions && (lengths[0] < 0 || lengths[1] < 0)) goto failed;
     if (p->values < 2 || p->values > MOST || p->output_count < 1 || p->stages < 1 || p->stages > MOST ||
         stage_ints % STAGE_INTS || weight_ints % WEIGHT_INTS || epsilon_count != (size_t)p->stages)
         goto failed;
@@ -461,12 +793,19 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     }
     for (int i = 0; i < p->output_count; i++)
         if (p->outputs[i] < p->inputs) goto failed;
+    files = mapped_files();
     for (int i = 0; i < p->products; i++) {
         ((void (*)(void *))api[RELEASE_STATUS])(status);
-        if ((status = read_weights(p, info, weights + i * WEIGHT_INTS, &p->weights[i], &p->owned[i]))) goto failed;
+        if ((status = read_weights(p, info, weights + i * WEIGHT_INTS, &files, &p->weights[i], &p->owned[i]))) goto failed;
         const size_t panel = panel_bytes(p->weights[i].k);
         if (panel > p->panel) p->panel = aligned(panel);
         p->per_row += (int64_t)p->weights[i].k * p->weights[i].n;
+        status = refuse(api, "Fused: the node's attributes do not fit together");
+    }
+    for (int i = 0; i < p->attentions; i++) {
+        ((void (*)(void *))api[RELEASE_STATUS])(status);
+        if ((status = read_attention(p, info, attentions + i * ATTENTION_INTS, factors + 2 * i, &p->keeping[i])))
+            goto failed;
         status = refuse(api, "Fused: the node's attributes do not fit together");
     }
     for (int i = 0; i < p->stages; i++) {
@@ -479,6 +818,13 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         if (s->kind == PRODUCT) {
             if (s->weights < 0 || s->weights >= p->products || s->b != -1 || s->second != -1) goto failed;
             if (p->weights[s->weights].k != p->widths[s->a] || p->weights[s->weights].n != width) goto failed;
+            continue;
+        }
+        if (s->kind == ATTENTION) {
+            if (s->weights < 0 || s->weights >= p->attentions || s->b != -1 || s->second != -1) goto failed;
+            const Attention *a = &p->keeping[s->weights].shape;
+            if (s->a < p->inputs || p->widths[s->a] != (a->heads + 2 * a->kv_heads) * a->dim) goto failed;
+            if (width != a->heads * a->dim) goto failed;
             continue;
         }
         if (p->widths[s->a] != width || (s->b >= 0 && p->widths[s->b] != width)) goto failed;
@@ -497,11 +843,11 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     }
     ((void (*)(void *))api[RELEASE_STATUS])(status);
     plan(p);
-    free(stages), free(weights), free(epsilons);
+    free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(factors);
     *kernel = p;
     return NULL;
 failed:
-    free(stages), free(weights), free(epsilons);
+    free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(factors);
     destroy(p);
     return status;
 }
@@ -511,13 +857,11 @@ failed:
 static const char *op_name(const CustomOp *op) { return (void)op, "Fused"; }
 static const char *op_provider(const CustomOp *op) { return (void)op, NULL; }
 static int any_type(const CustomOp *op, size_t i) { return (void)op, (void)i, TYPE_ANY; }
-static int float_type(const CustomOp *op, size_t i) { return (void)op, (void)i, TYPE_FLOAT; }
 static size_t one(const CustomOp *op) { return (void)op, 1; }
 static int variadic(const CustomOp *op, size_t i) { return (void)op, (void)i, VARIADIC; }
 static int on_host(const CustomOp *op, size_t i) { return (void)op, (void)i, 0; }
 static int at_least_one(const CustomOp *op) { return (void)op, 1; }
 static int no(const CustomOp *op) { return (void)op, 0; }
-static int yes(const CustomOp *op) { return (void)op, 1; }
 static int any_version(const CustomOp *op) { return (void)op, 1; }
 static int last_version(const CustomOp *op) { return (void)op, INT32_MAX; }
 
@@ -527,7 +871,7 @@ static const CustomOp FUSED = {
     .provider = op_provider,
     .input_type = any_type,
     .input_count = one,
-    .output_type = float_type,
+    .output_type = any_type,
     .output_count = one,
     .destroy = destroy,
     .input_kind = variadic,
@@ -536,7 +880,7 @@ static const CustomOp FUSED = {
     .inputs_at_least = at_least_one,
     .inputs_alike = no,
     .outputs_at_least = at_least_one,
-    .outputs_alike = yes,
+    .outputs_alike = no,
     .create_checked = create,
     .compute_checked = compute,
     .first_version = any_version,

@@ -5,48 +5,47 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { GROUP = 32 };  /* activations that share a scale */
-enum { CHUNK = 64 };  /* activations that a step of a product takes; rows are padded to whole chunks */
+enum { GROUP = 32 }; /* activations that share a scale */
+enum { TILE = 8 };   /* rows of weights that lie side by side */
 
-/* Weights as the operator MatMulNBits of com.microsoft stores them: codes (N, blocks, block * bits / 8), the
+/* Weights as the operator MatMulNBits of com.microsoft stores them: codes (n, blocks, block * bits / 8), the
  * first of two 4-bit codes in the low half of a byte; a scale a block, float32 or float16; a zero point a
- * block, 4-bit ones in pairs, or none: then it is 8 or 128. */
+ * block, 4-bit ones in pairs, or none: then it is 8 or 128. The products read another order of the same numbers:
+ *   packed       (n / TILE, groups, bits, TILE, 4): a group's codes, four along k of each row of the tile; of 4-bit
+ *                ones, those of the second half of the group in the high halves of the bytes
+ *   tile_scales  (n / TILE, blocks, TILE), tile_zeros the same, a byte each
+ */
 typedef struct {
     const uint8_t *codes;
     const void *scales;
     const uint8_t *zeros;
     const float *bias;
-    int k, n, bits, block, blocks, half_scales;
-    /* what pad_last_row fills in */
-    size_t row_bytes, scale_bytes, zero_bytes;
-    const uint8_t *last_codes, *last_scales, *last_zeros;
+    int k, n, bits, block, blocks, groups, half_scales;
+    uint8_t *packed, *tile_scales, *tile_zeros; /* set by `pack` */
 } Weights;
 
-/* Completes weights whose other fields are set, with a copy of the last row that has room behind it: whole
- * vectors are read everywhere. Returns what is to be freed after them, NULL where there is no memory. */
-void *pad_last_row(Weights *w);
+size_t packed_bytes(const Weights *w);
+
+/* Brings weights into the order of the products, in memory of `packed_bytes`. */
+void pack(Weights *w, void *memory);
 
 /* Rows of activations in 8 bits: round(x / scale) with scale = max|x| / 127 over GROUP of them. */
 typedef struct {
-    int8_t *plain;  /* (rows, padded): as they come */
-    int8_t *split;  /* (rows, padded): in each chunk those at even places, then those at odd places */
-    float *scales;  /* (rows, padded / 8): each scale four times, as a step of a product uses them */
-    float *sums;    /* (rows, sum_width): scale * sum of codes, a GROUP each, zeros behind them */
-    int k, padded, sum_width;
+    int8_t *codes; /* (rows, groups, GROUP) */
+    float *scales; /* (rows, groups) */
+    float *sums;   /* (rows, groups): scale * sum of codes */
+    int k, groups;
 } Rows8;
-
-int padded_width(int k);
-int sum_width(int k);
 
 /* One row of k floats becomes row `row` of `to`. */
 void quantize_row(const float *x, const Rows8 *to, int row);
 
-/* From so many rows on weights are rearranged, sixteen rows at a time, and all activations pass over them. */
-enum { PANEL_ROWS = 8 };
+/* From so many rows on codes are unpacked once for all of them. */
+enum { PANEL_ROWS = 16 };
 size_t panel_bytes(int k);
 
-/* y[m, n] = sum over k of x[m, k] * weight[n, k], plus bias, for n in [first, last); rows of y lie `stride`
- * floats apart; `scratch` has panel_bytes(k). */
+/* y[m, n] = sum over k of x[m, k] * weight[n, k], plus bias, for n in [first, last), multiples of TILE or the end;
+ * rows of y lie `stride` floats apart; `scratch` has panel_bytes(k), aligned to 32. */
 void multiply(const Weights *w, const Rows8 *x, int rows, int first, int last, float *y, size_t stride,
               void *scratch);
 

@@ -1,0 +1,196 @@
+#include "attention.h"
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#include "vectors.h"
+
+enum { WIDEST = MOST_DIM / 8 };
+
+void rotate(float *x, const float *cosines, const float *sines, int half, int interleaved) {
+    for (int i = 0; i < half; i++) {
+        float *const a = x + (interleaved ? 2 * i : i), *const b = interleaved ? a + 1 : a + half;
+        const float before = *a;
+        *a = before * cosines[i] - *b * sines[i];
+        *b = *b * cosines[i] + before * sines[i];
+    }
+}
+
+void round_to_codes(const float *x, const float *scales, int step, int width, int8_t *codes) {
+    for (int i = 0; i < width; i++) {
+        const float code = nearbyintf(x[i] / scales[i * step]);
+        codes[i] = (int8_t)(code > 127 ? 127 : code < -128 ? -128 : code);
+    }
+}
+
+void narrow(const float *x, int width, uint16_t *halves) {
+    for (int i = 0; i < width; i += 8)
+        _mm_storeu_si128((__m128i *)(halves + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+}
+
+/* Floats of what is kept: itself, or a copy in `room`. */
+static const float *widen(const void *kept, enum Kept kind, int count, float *room) {
+    if (kind == FLOATS) return kept;
+    for (int i = 0; i < count; i += 8)
+        _mm256_storeu_ps(room + i, kind == HALVES
+                                       ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)kept + i)))
+                                       : _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
+                                             _mm_loadl_epi64((const __m128i *)((const int8_t *)kept + i)))));
+    return room;
+}
+
+/* The sums of the lanes of four vectors. */
+static inline __m128 four_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+
+/* Asks for `bytes` of memory; what is kept of one token is short, and processors fetch ahead along longer runs. */
+static inline void fetch(const void *from, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) _mm_prefetch((const char *)from + at, _MM_HINT_T0);
+}
+
+/* scores[q][j] of n queries and `count` keys; both have `dim` numbers in a row. */
+static inline __attribute__((always_inline)) void score(const float *queries, const int n, const float *keys, int count,
+                                                        int dim, float scores[4][KEYS]) {
+    for (int j = 0; j < count; j += 4) {
+        const float *key[4];
+        for (int i = 0; i < 4; i++) key[i] = keys + (size_t)(j + i < count ? j + i : j) * dim;
+        for (int q = 0; q < n; q += 2) { /* eight sums at once, for which registers suffice */
+            const int both = q + 1 < n;
+            __m256 a[4], b[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) a[i] = b[i] = _mm256_setzero_ps();
+            for (int d = 0; d < dim; d += 8) {
+                const __m256 x = _mm256_loadu_ps(queries + q * dim + d);
+                const __m256 y = both ? _mm256_loadu_ps(queries + (q + 1) * dim + d) : x;
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    const __m256 k = _mm256_loadu_ps(key[i] + d);
+                    a[i] = _mm256_fmadd_ps(x, k, a[i]);
+                    if (both) b[i] = _mm256_fmadd_ps(y, k, b[i]);
+                }
+            }
+            _mm_storeu_ps(scores[q] + j, four_sums(a[0], a[1], a[2], a[3]));
+            if (both) _mm_storeu_ps(scores[q + 1] + j, four_sums(b[0], b[1], b[2], b[3]));
+        }
+    }
+}
+
+/* totals[q] += weights[q][j] * values[j] */
+static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], const int n, const float *values, int count,
+                                                      int dim, float *totals) {
+    int d = 0;
+    for (; d + 16 <= dim; d += 16) {
+        __m256 t[4][2];
+#pragma GCC unroll 4
+        for (int q = 0; q < n; q++)
+            t[q][0] = _mm256_loadu_ps(totals + q * dim + d), t[q][1] = _mm256_loadu_ps(totals + q * dim + d + 8);
+        for (int j = 0; j < count; j++) {
+            const __m256 v0 = _mm256_loadu_ps(values + (size_t)j * dim + d);
+            const __m256 v1 = _mm256_loadu_ps(values + (size_t)j * dim + d + 8);
+#pragma GCC unroll 4
+            for (int q = 0; q < n; q++) {
+                const __m256 w = _mm256_broadcast_ss(&weights[q][j]);
+                t[q][0] = _mm256_fmadd_ps(w, v0, t[q][0]);
+                t[q][1] = _mm256_fmadd_ps(w, v1, t[q][1]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < n; q++)
+            _mm256_storeu_ps(totals + q * dim + d, t[q][0]), _mm256_storeu_ps(totals + q * dim + d + 8, t[q][1]);
+    }
+    for (; d < dim; d += 8)
+        for (int q = 0; q < n; q++) {
+            __m256 t = _mm256_loadu_ps(totals + q * dim + d);
+            for (int j = 0; j < count; j++)
+                t = _mm256_fmadd_ps(_mm256_broadcast_ss(&weights[q][j]), _mm256_loadu_ps(values + (size_t)j * dim + d), t);
+            _mm256_storeu_ps(totals + q * dim + d, t);
+        }
+}
+
+void attend(const Attention *a, const Heads *heads, const float *const queries[4], const int positions[4], int count,
+            int first, int last, Partial out[4]) {
+    const int dim = a->dim;
+    float wide[KEYS * MOST_DIM], query[4 * MOST_DIM], totals[4 * MOST_DIM], scores[4][KEYS];
+    float largest[4], sums[4] = {0};
+    for (int q = 0; q < count; q++) {
+        const float *const from = queries[q];
+        for (int d = 0; d < dim; d++)
+            query[q * dim + d] = from[d] * a->scale * (heads->key_scales ? heads->key_scales[d * heads->key_step] : 1.0f);
+        largest[q] = -INFINITY;
+    }
+    memset(totals, 0, sizeof(float) * 4 * dim);
+    for (int at = first; at < last; at += KEYS) {
+        const int some = last - at < KEYS ? last - at : KEYS;
+        const size_t size = heads->kind == FLOATS ? 4 : heads->kind == HALVES ? 2 : 1, offset = size * at * dim;
+        /* Keys come first, values while keys are looked at. */
+        fetch((const char *)heads->keys + offset, size * some * dim);
+        fetch((const char *)heads->values + offset, size * some * dim);
+        const float *const keys = widen((const char *)heads->keys + offset, heads->kind, some * dim, wide);
+        switch (count) {
+        case 1: score(query, 1, keys, some, dim, scores); break;
+        case 2: score(query, 2, keys, some, dim, scores); break;
+        case 3: score(query, 3, keys, some, dim, scores); break;
+        default: score(query, 4, keys, some, dim, scores);
+        }
+        if (a->softcap > 0)
+            for (int q = 0; q < count; q++)
+                for (int j = 0; j < some; j++) scores[q][j] = a->softcap * tanhf(scores[q][j] / a->softcap);
+        for (int q = 0; q < count; q++) {
+            /* Keys [from, to) of these are what the query sees. */
+            int to = positions[q] + 1 - at, from = a->window > 0 ? positions[q] + 1 - a->window - at : 0;
+            to = to > some ? some : to < 0 ? 0 : to;
+            from = from < 0 ? 0 : from > to ? to : from;
+            for (int j = 0; j < from; j++) scores[q][j] = -INFINITY;
+            for (int j = to; j < KEYS; j++) scores[q][j] = -INFINITY;
+            __m256 tops = _mm256_loadu_ps(scores[q]), sum = _mm256_setzero_ps();
+            for (int j = 8; j < KEYS; j += 8) tops = _mm256_max_ps(tops, _mm256_loadu_ps(scores[q] + j));
+            const float top = largest_lane(tops);
+            if (top > largest[q]) {
+                const __m256 factor = _mm256_set1_ps(expf(largest[q] - top)); /* 0 at first */
+                for (int d = 0; d < dim; d += 8)
+                    _mm256_storeu_ps(totals + q * dim + d, _mm256_mul_ps(_mm256_loadu_ps(totals + q * dim + d), factor));
+                sums[q] *= _mm256_cvtss_f32(factor);
+                largest[q] = top;
+            }
+            const __m256 unseen = _mm256_set1_ps(-INFINITY);
+            tops = _mm256_set1_ps(largest[q]);
+            for (int j = 0; j < KEYS; j += 8) {
+                const __m256 v = _mm256_loadu_ps(scores[q] + j);
+                const __m256 seen = _mm256_cmp_ps(v, unseen, _CMP_NEQ_OQ);
+                const __m256 p = _mm256_and_ps(exponential(_mm256_sub_ps(v, tops)), seen);
+                _mm256_storeu_ps(scores[q] + j, p);
+                sum = _mm256_add_ps(sum, p);
+            }
+            sums[q] += add_lanes(sum);
+        }
+        const float *const values = widen((const char *)heads->values + offset, heads->kind, some * dim, wide);
+        switch (count) {
+        case 1: mix(scores, 1, values, some, dim, totals); break;
+        case 2: mix(scores, 2, values, some, dim, totals); break;
+        case 3: mix(scores, 3, values, some, dim, totals); break;
+        default: mix(scores, 4, values, some, dim, totals);
+        }
+    }
+    for (int q = 0; q < count; q++) {
+        *out[q].largest = largest[q];
+        *out[q].sum = sums[q];
+        for (int d = 0; d < dim; d++)
+            out[q].total[d] = totals[q * dim + d] * (heads->value_scales ? heads->value_scales[d * heads->value_step] : 1.0f);
+    }
+}
+
+void combine(const float *largest, const float *sums, const float *totals, int parts, int dim, float *out) {
+    float top = -INFINITY, sum = 0;
+    for (int i = 0; i < parts; i++) top = largest[i] > top ? largest[i] : top;
+    memset(out, 0, sizeof(float) * dim);
+    for (int i = 0; i < parts; i++) {
+        if (sums[i] == 0) continue;
+        const float factor = expf(largest[i] - top);
+        sum += factor * sums[i];
+        for (int d = 0; d < dim; d++) out[d] += factor * totals[(size_t)i * dim + d];
+    }
+    for (int d = 0; d < dim; d++) out[d] = sum > 0 ? out[d] / sum : 0;
+}

@@ -1,0 +1,48 @@
+/* Attention of a few queries over keys and values that are kept, for x86-64 with AVX2. */
+#ifndef GEMINI_ATTENTION_H
+#define GEMINI_ATTENTION_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { KEYS = 64 };      /* keys that are looked at together */
+enum { MOST_DIM = 256 }; /* a head's size at the most; a multiple of 8 */
+
+/* GroupQueryAttention of com.microsoft, as far as its kernels here go: no bias, no sinks. */
+typedef struct {
+    int heads, kv_heads, dim, rotary, window; /* rotary: 0 none, 1 halves, 2 pairs; window: 0 none */
+    float scale, softcap;                     /* softcap: 0 none */
+} Attention;
+
+/* What numbers are kept as: float32, float16, or 8-bit codes. */
+enum Kept { FLOATS, HALVES, CODES };
+
+/* Keys and values (tokens, dim) of one head; codes are times a scale a channel (step 1) or one scale (step 0). */
+typedef struct {
+    const void *keys, *values;
+    const float *key_scales, *value_scales; /* NULL: none */
+    enum Kept kind;
+    int key_step, value_step;
+} Heads;
+
+/* Softmax over some of the keys: the largest score, the sum of e**(score - largest), and the sum of values with
+ * those weights. */
+typedef struct {
+    float *largest, *sum, *total;
+} Partial;
+
+/* Su et al. 2021, "RoFormer", equation 34: the first 2 * half numbers of x turn by one position's angles. */
+void rotate(float *x, const float *cosines, const float *sines, int half, int interleaved);
+
+void narrow(const float *x, int width, uint16_t *halves);
+void round_to_codes(const float *x, const float *scales, int step, int width, int8_t *codes);
+
+/* `count` queries, four at the most, over the keys [first, last) as far as they see them: query i those up to
+ * positions[i]. The sums go on from one block of keys to the next (Milakov and Gimelshein 2018, algorithm 3). */
+void attend(const Attention *a, const Heads *heads, const float *const queries[4], const int positions[4], int count,
+            int first, int last, Partial out[4]);
+
+/* One result from `parts` ones over different keys; totals (parts, dim). */
+void combine(const float *largest, const float *sums, const float *totals, int parts, int dim, float *out);
+
+#endif
