@@ -41,6 +41,7 @@ def host_facts(threads: int | None = None, provider: str | None = None) -> dict[
         "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
         "provider": provider,
+        "own_kernels": own_kernels(),
         "gpu": gpu_name() if provider == "cuda" else None,
         "memory_gib": _memory_gib(),
         "commit": source_commit(),
@@ -59,6 +60,15 @@ def read_cpuinfo(path: str | Path = "/proc/cpuinfo") -> dict[str, Any]:
     flags = set((fields.get("flags") or fields.get("features") or "").split())
     model = fields.get("model name") or fields.get("hardware") or platform.processor() or "unknown"
     return {"model": model, "flags": [flag for flag in KERNEL_FLAGS if flag in flags]}
+
+
+def own_kernels() -> str | None:
+    """What becomes of the runtime's own kernels here (`gemini.runtime.kernels.state`); None without onnxruntime."""
+    try:
+        from gemini.runtime import kernels
+    except (ImportError, AttributeError):  # two wheels in one folder can leave an empty package
+        return None
+    return kernels.state()
 
 
 def gpu_name() -> str | None:

@@ -274,12 +274,13 @@ def _groups(graph: ir.Graph, found: dict[ir.Node, Stage]) -> list[list[Stage]]:
     """
     levels: dict[ir.Node, int] = {}
     for node in graph:
-        level = 0
-        for value in node.inputs:
-            before = None if value is None else value.producer()
-            if before is not None:
-                level = max(level, levels[before] + (node in found and before not in found))
-        levels[node] = level
+        before = [value.producer() for value in node.inputs if value is not None]
+        steps = [
+            levels[other] + (node in found and other not in found) for other in before if other is not None
+        ]
+        levels[node] = max(steps, default=-1)  # -1: behind no stage
+        if node in found:
+            levels[node] = max(levels[node], 0)
     for stage in found.values():  # the nodes of a stage stand together
         level = max(levels[node] for node in stage.nodes)
         levels |= dict.fromkeys(stage.nodes, level)

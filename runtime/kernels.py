@@ -58,6 +58,15 @@ def wanted() -> bool:
     return asked == _OWN or (asked == "" and found is not None and found[0].gemini_processor() == _RUNS)
 
 
+def state() -> str:
+    """In a word what becomes of the own kernels here: "used", "not used", "unfit" or "not built"."""
+    if _library() is None:
+        return "not built"
+    if not available():
+        return "unfit"
+    return "used" if wanted() else "not used"
+
+
 def register(options: ort.SessionOptions, threads: int) -> None:
     """Let a session with these options know the operator of the own kernels; only where `available`."""
     found = _library()

@@ -157,6 +157,7 @@ def _show(facts: Mapping[str, Any]) -> None:
                 "system": host["system"],
                 "processor": host["cpu"],
                 "kernel features": host["instructions"] or "none that quantized kernels use",
+                "own kernels": host["own_kernels"],
                 "threads": _thread_line(facts["threads"]),
                 "memory": f"{host['memory_gib']} GiB",
                 "providers": facts["providers"],

@@ -93,7 +93,8 @@ def test_formats_are_raised_until_the_gate_holds(learnt, written, tmp_path):
     options = {"eval_text": str(written), "progress": False}
     least = compress_model(str(learnt), tmp_path / "least", target_bpw=4.37, **options)
     assert set(least["recipe"]["pass"][0]["formats"].values()) == {"int4-64"}
-    allowed = least["drop_percent"] / 3
+    # Channels this uneven lose 2 to 4 % by 8-bit activations alone, by how sums are ordered.
+    allowed = least["drop_percent"] / 1.5
     assert allowed > 0.2  # or the model has learnt nothing that could be lost
     with pytest.raises(GateError, match="Largest errors of a layer's output: model"):
         compress_model(str(learnt), tmp_path / "no", "int4", max_drop=allowed, **options)
