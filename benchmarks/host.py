@@ -63,7 +63,7 @@ def read_cpuinfo(path: str | Path = "/proc/cpuinfo") -> dict[str, Any]:
 
 
 def own_kernels() -> str | None:
-    """What becomes of the runtime's own kernels here (`gemini.runtime.kernels.state`); None without onnxruntime."""
+    """What becomes of the runtime's own kernels here (`kernels.state`); None without onnxruntime."""
     try:
         from gemini.runtime import kernels
     except (ImportError, AttributeError):  # two wheels in one folder can leave an empty package

@@ -143,24 +143,25 @@ def _export_form(
     if scales is not None:
         quantize_past(models["decoder"], scales.pairs())
     sizes = write_weights([*models.values()], folder / f"{checkpoint.family}.onnx.data", progress)
-    with ExitStack() as stack:
-        stack.enter_context(dense_weights(checkpoint.model))
+    with dense_weights(checkpoint.model):
+        with ExitStack() as stack:
+            for name, model in models.items():
+                stack.enter_context(float_compute(model))
+                with float_past(model):
+                    write_graph(model, paths[name])
+            verification = _verified(paths, checkpoint, form, caches)
+            if scales is not None:
+                pairs = scales.pairs()
+                write_graph(models["decoder"], paths["decoder"])
+                verify.verify_cache(paths["decoder"], checkpoint, form, caches.own, pairs, verification)
+            halves: dict[str, Path] = {}
+            if gpu:
+                halves, half_verification = _half_graphs(models, checkpoint, form, caches, folder)
         for name, model in models.items():
-            stack.enter_context(float_compute(model))
-            with float_past(model):
-                write_graph(model, paths[name])
-        verification = _verified(paths, checkpoint, form, caches)
-        if scales is not None:
-            write_graph(models["decoder"], paths["decoder"])
-            verify.verify_cache(paths["decoder"], checkpoint, form, caches.own, scales.pairs(), verification)
-        halves: dict[str, Path] = {}
-        if gpu:
-            halves, half_verification = _half_graphs(models, checkpoint, form, caches, folder)
-    for name, model in models.items():
-        write_graph(model, paths[name])
-    for path in (*paths.values(), *halves.values()):
-        _check(path)
-    fused, fused_verification = _fused_graphs(models, shapes, checkpoint, form, caches, paths)
+            write_graph(model, paths[name])
+        for path in (*paths.values(), *halves.values()):
+            _check(path)
+        fused, fused_verification = _fused_graphs(models, shapes, checkpoint, form, caches, paths)
     return Exported(
         graphs={name: path.name for name, path in paths.items()},
         half_graphs={name: path.name for name, path in halves.items()},
