@@ -38,6 +38,7 @@
 
 enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, KINDS };
 enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 11, MOST = 4096 };
+enum { MOST_WIDTH = 1 << 24 }; /* of weights and activations, so that no product of sizes leaves 64 bits */
 enum { MOST_PARTS = 8 }; /* that the keys of one token's attention are shared out in */
 enum { ALONE = 1 << 17 }; /* products of fewer multiplications are not worth a second thread */
 
@@ -608,14 +609,16 @@ static void forget(const Files *files, const void *data, size_t size) {
 static Status read_weights(Program *p, const void *info, const int *from, const Files *files, Weights *w, void **owned) {
     Api api = p->api;
     const int k = from[4], n = from[5], bits = from[6], block = from[7];
-    if (k < 1 || n < 1 || (bits != 4 && bits != 8) || block < GROUP || block > 1024 || (block & (block - 1)))
+    if (k < 1 || n < 1 || k > MOST_WIDTH || n > MOST_WIDTH || (bits != 4 && bits != 8) || block < GROUP ||
+        block > 1024 || (block & (block - 1)))
         return refuse(api, "Fused: weights of these sizes are not known");
-    *w = (Weights){.k = k, .n = n, .bits = bits, .block = block, .blocks = (k + block - 1) / block, .groups = (k + GROUP - 1) / GROUP};
-    const size_t all = (size_t)n * w->blocks;
+    *w = (Weights){.k = k, .n = n, .bits = bits, .block = block, .blocks = (k + block - 1) / block};
+    w->groups = (k + GROUP - 1) / GROUP;
+    const size_t all = (size_t)n * w->blocks, bytes = all * block * bits / 8;
     const size_t zeros = bits == 8 ? all : (size_t)n * ((w->blocks + 1) / 2);
     int type;
     const void *data;
-    Status status = constant(api, info, from[0], all * block * bits / 8, TYPE_UINT8, TYPE_UINT8, &data, NULL);
+    Status status = constant(api, info, from[0], bytes, TYPE_UINT8, TYPE_UINT8, &data, NULL);
     if (status) return status;
     w->codes = data;
     if ((status = constant(api, info, from[1], all, TYPE_FLOAT, TYPE_FLOAT16, &w->scales, &type))) return status;
@@ -631,7 +634,7 @@ static Status read_weights(Program *p, const void *info, const int *from, const 
     *owned = aligned_alloc(64, aligned(packed_bytes(w)));
     if (!*owned) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
     pack(w, *owned);
-    forget(files, w->codes, all * block * bits / 8);
+    forget(files, w->codes, bytes);
     forget(files, w->scales, all * (w->half_scales ? 2 : 4));
     w->codes = NULL, w->scales = NULL, w->zeros = NULL; /* nothing reads them again */
     return NULL;
@@ -781,9 +784,19 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         stage_ints % STAGE_INTS || weight_ints % WEIGHT_INTS || epsilon_count != (size_t)p->stages)
         goto failed;
     for (int v = 0; v < p->values; v++)
-        if (p->widths[v] < 1) goto failed;
+        if (p->widths[v] < 1 || p->widths[v] > MOST_WIDTH) goto failed;
     for (int i = 0; i < p->output_count; i++)
         if (!is_value(p, p->outputs[i])) goto failed;
+    size_t node_inputs = 0, node_outputs = 0;
+    ((void (*)(void *))api[RELEASE_STATUS])(status);
+    if ((status = CALL(api, NODE_INPUT_COUNT, info, &node_inputs))) goto failed;
+    if ((status = CALL(api, NODE_OUTPUT_COUNT, info, &node_outputs))) goto failed;
+    status = refuse(api, "Fused: the node's attributes do not fit together");
+    if (node_outputs != (size_t)p->output_count + 2 * p->attentions) goto failed;
+    for (int i = 0; i < attention_ints; i++) /* those from the sixth of each on are inputs */
+        if (i % ATTENTION_INTS >= 5 && attentions[i] >= (int)node_inputs) goto failed;
+    for (int i = 0; i < length_ints; i++)
+        if (lengths[i] >= (int)node_inputs) goto failed;
     /* Values that no stage writes are inputs, and come first. */
     p->inputs = p->values;
     for (int i = 0; i < p->stages; i++) {
@@ -791,6 +804,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         if (is_value(p, from[3]) && from[3] < p->inputs) p->inputs = from[3];
         if (is_value(p, from[4]) && from[4] < p->inputs) p->inputs = from[4];
     }
+    if (p->inputs < 1 || (size_t)p->inputs > node_inputs) goto failed;
     for (int i = 0; i < p->output_count; i++)
         if (p->outputs[i] < p->inputs) goto failed;
     files = mapped_files();
@@ -814,6 +828,9 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         *s = (Stage){from[0], from[1], from[2], from[3], from[4], from[5], NULL, NULL, epsilons[i]};
         if (from[0] < 0 || from[0] >= KINDS || !is_value(p, s->a) || !is_value(p, s->out)) goto failed;
         if ((s->b != -1 && !is_value(p, s->b)) || (s->second != -1 && !is_value(p, s->second))) goto failed;
+        /* What is read is there, and everything is written once. `rounded` holds the marks until `plan` needs it. */
+        if ((s->a >= p->inputs && !p->rounded[s->a]) || (s->b >= p->inputs && !p->rounded[s->b])) goto failed;
+        if (s->second == s->out || p->rounded[s->out]++ || (s->second >= 0 && p->rounded[s->second]++)) goto failed;
         const int width = p->widths[s->out];
         if (s->kind == PRODUCT) {
             if (s->weights < 0 || s->weights >= p->products || s->b != -1 || s->second != -1) goto failed;
@@ -841,6 +858,9 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
             status = refuse(api, "Fused: the node's attributes do not fit together");
         }
     }
+    for (int v = p->inputs; v < p->values; v++)
+        if (!p->rounded[v]) goto failed;
+    memset(p->rounded, 0, sizeof(int) * p->values);
     ((void (*)(void *))api[RELEASE_STATUS])(status);
     plan(p);
     free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(factors);
