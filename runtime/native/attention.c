@@ -79,8 +79,8 @@ static inline __attribute__((always_inline)) void score(const float *queries, co
 }
 
 /* totals[q] += weights[q][j] * values[j] */
-static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], const int n, const float *values, int count,
-                                                      int dim, float *totals) {
+static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], const int n, const float *values,
+                                                      int count, int dim, float *totals) {
     int d = 0;
     for (; d + 16 <= dim; d += 16) {
         __m256 t[4][2];
@@ -105,7 +105,8 @@ static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], co
         for (int q = 0; q < n; q++) {
             __m256 t = _mm256_loadu_ps(totals + q * dim + d);
             for (int j = 0; j < count; j++)
-                t = _mm256_fmadd_ps(_mm256_broadcast_ss(&weights[q][j]), _mm256_loadu_ps(values + (size_t)j * dim + d), t);
+                t = _mm256_fmadd_ps(_mm256_broadcast_ss(&weights[q][j]),
+                                    _mm256_loadu_ps(values + (size_t)j * dim + d), t);
             _mm256_storeu_ps(totals + q * dim + d, t);
         }
 }
@@ -118,7 +119,8 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[4
     for (int q = 0; q < count; q++) {
         const float *const from = queries[q];
         for (int d = 0; d < dim; d++)
-            query[q * dim + d] = from[d] * a->scale * (heads->key_scales ? heads->key_scales[d * heads->key_step] : 1.0f);
+            query[q * dim + d] =
+                from[d] * a->scale * (heads->key_scales ? heads->key_scales[d * heads->key_step] : 1.0f);
         largest[q] = -INFINITY;
     }
     memset(totals, 0, sizeof(float) * 4 * dim);
@@ -143,21 +145,23 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[4
             int to = positions[q] + 1 - at, from = a->window > 0 ? positions[q] + 1 - a->window - at : 0;
             to = to > some ? some : to < 0 ? 0 : to;
             from = from < 0 ? 0 : from > to ? to : from;
+            const int whole = (some + 7) / 8 * 8;
             for (int j = 0; j < from; j++) scores[q][j] = -INFINITY;
-            for (int j = to; j < KEYS; j++) scores[q][j] = -INFINITY;
+            for (int j = to; j < whole; j++) scores[q][j] = -INFINITY;
             __m256 tops = _mm256_loadu_ps(scores[q]), sum = _mm256_setzero_ps();
-            for (int j = 8; j < KEYS; j += 8) tops = _mm256_max_ps(tops, _mm256_loadu_ps(scores[q] + j));
+            for (int j = 8; j < whole; j += 8) tops = _mm256_max_ps(tops, _mm256_loadu_ps(scores[q] + j));
             const float top = largest_lane(tops);
             if (top > largest[q]) {
                 const __m256 factor = _mm256_set1_ps(expf(largest[q] - top)); /* 0 at first */
                 for (int d = 0; d < dim; d += 8)
-                    _mm256_storeu_ps(totals + q * dim + d, _mm256_mul_ps(_mm256_loadu_ps(totals + q * dim + d), factor));
+                    _mm256_storeu_ps(totals + q * dim + d,
+                                     _mm256_mul_ps(_mm256_loadu_ps(totals + q * dim + d), factor));
                 sums[q] *= _mm256_cvtss_f32(factor);
                 largest[q] = top;
             }
             const __m256 unseen = _mm256_set1_ps(-INFINITY);
             tops = _mm256_set1_ps(largest[q]);
-            for (int j = 0; j < KEYS; j += 8) {
+            for (int j = 0; j < whole; j += 8) {
                 const __m256 v = _mm256_loadu_ps(scores[q] + j);
                 const __m256 seen = _mm256_cmp_ps(v, unseen, _CMP_NEQ_OQ);
                 const __m256 p = _mm256_and_ps(exponential(_mm256_sub_ps(v, tops)), seen);
@@ -178,7 +182,8 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[4
         *out[q].largest = largest[q];
         *out[q].sum = sums[q];
         for (int d = 0; d < dim; d++)
-            out[q].total[d] = totals[q * dim + d] * (heads->value_scales ? heads->value_scales[d * heads->value_step] : 1.0f);
+            out[q].total[d] =
+                totals[q * dim + d] * (heads->value_scales ? heads->value_scales[d * heads->value_step] : 1.0f);
     }
 }
 

@@ -6,7 +6,7 @@
  * shared out. A thread takes pieces of a phase until none is left and goes on when all are done; since nobody
  * waits for a piece that no running thread has taken, it does not matter how many threads come, or when.
  *
- * `gemini.export.fusions.fuse_stages` writes the attributes:
+ * `gemini.export.stages` writes the attributes:
  *   widths   (values): last dimension of each value; the first ones are the node's inputs
  *   outputs  which values are the node's outputs, in their order
  *   stages   (stages, 7): kind, two values read (-1: none), value written, second value written (-1: none), and
@@ -20,12 +20,12 @@
  * The outputs after those of `outputs` are keys and values with the new ones, two an attention. A value that
  * attention reads is queries, keys and values side by side, and is turned in place.
  */
-#include <stdatomic.h>
-#include <stdlib.h>
-#include <string.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -39,13 +39,14 @@
 enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, KINDS };
 enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 11, MOST = 4096 };
 enum { MOST_WIDTH = 1 << 24 }; /* of weights and activations, so that no product of sizes leaves 64 bits */
-enum { MOST_PARTS = 8 }; /* that the keys of one token's attention are shared out in */
-enum { ALONE = 1 << 17 }; /* products of fewer multiplications are not worth a second thread */
+enum { MOST_PARTS = 8 };       /* that the keys of one token's attention are shared out in */
+enum { QUERIES = 16 };         /* of one head that are a piece of an attention over several tokens */
+enum { ALONE = 1 << 17 };      /* products of fewer multiplications are not worth a second thread */
 
 typedef struct {
     enum Kind kind;
     int a, b, out, second; /* values */
-    int weights;
+    int place;             /* of a product in the weights, of an attention among those */
     const float *gain, *bias;
     float epsilon;
 } Stage;
@@ -173,8 +174,8 @@ static uint8_t *kept_at(const Cache *cache, int which, const Attention *a, int b
 
 /* Turns a row's queries and keys by its position and puts keys and values where they are kept. */
 static void store(const Run *run, const Stage *s, int row) {
-    const Keeping *keeping = &run->program->keeping[s->weights];
-    const Cache *cache = &run->caches[s->weights];
+    const Keeping *keeping = &run->program->keeping[s->place];
+    const Cache *cache = &run->caches[s->place];
     const Attention *a = &keeping->shape;
     const int batch = row / run->length, position = tokens_before(run, batch) + row % run->length;
     float *x = run->value[s->a] + (size_t)row * run->program->widths[s->a];
@@ -200,10 +201,9 @@ static void store(const Run *run, const Stage *s, int row) {
 
 /* A piece of an attention: for one token a row, some of the keys of one head of keys; else some queries. */
 static void run_attention(const Run *run, const Stage *s, int piece) {
-    enum { QUERIES = 16 };
     const Program *p = run->program;
-    const Keeping *keeping = &p->keeping[s->weights];
-    const Cache *cache = &run->caches[s->weights];
+    const Keeping *keeping = &p->keeping[s->place];
+    const Cache *cache = &run->caches[s->place];
     const Attention *a = &keeping->shape;
     const int group = a->heads / a->kv_heads, in = p->widths[s->a], width = p->widths[s->out];
     const int alone = run->length == 1, blocks = (run->length + QUERIES - 1) / QUERIES;
@@ -271,11 +271,11 @@ static void run_step(const Run *run, const Step *step, int row) {
     case ATTENTION:
         if (step->part == STORE) store(run, s, row);
         else if (run->parts > 1) {
-            const Attention *shape = &p->keeping[s->weights].shape;
+            const Attention *shape = &p->keeping[s->place].shape;
             for (int h = 0; h < shape->heads; h++) {
                 const size_t place = ((size_t)row * shape->heads + h) * run->parts;
-                combine(run->largest + place, run->sums + place, run->totals + place * shape->dim, run->parts, shape->dim,
-                        out + h * shape->dim);
+                combine(run->largest + place, run->sums + place, run->totals + place * shape->dim, run->parts,
+                        shape->dim, out + h * shape->dim);
             }
         }
         break;
@@ -289,8 +289,8 @@ static void run_columns(const Run *run, const Phase *phase, int piece, void *pan
     int before = 0;
     for (int i = 0; i < phase->count; i++) {
         const Stage *s = &p->stage[p->step[phase->first + i].stage];
-        const Weights *w = &p->weights[s->weights];
-        const int size = column_piece(w->n, run->rows), pieces = (w->n + size - 1) / size;
+        const Weights *w = &p->weights[s->place];
+        const int size = column_piece(w->n), pieces = (w->n + size - 1) / size;
         if (piece < before + pieces) {
             const int first = (piece - before) * size, last = first + size < w->n ? first + size : w->n;
             multiply(w, &run->rows8[s->a], run->rows, first, last, run->value[s->out], w->n, panel);
@@ -375,7 +375,8 @@ static Status find_caches(Run *run, void *context) {
             void *past, *tensor, *present;
             if ((status = tensor_of(api, context, keeping->past[which], dims, 4, &type, &past))) return status;
             cache->kind = type == TYPE_INT8 ? CODES : type == TYPE_FLOAT16 ? HALVES : FLOATS;
-            if ((type != TYPE_FLOAT && type != TYPE_FLOAT16 && type != TYPE_INT8) || (type == TYPE_INT8) != (keeping->scales[which] != NULL) ||
+            if ((type != TYPE_FLOAT && type != TYPE_FLOAT16 && type != TYPE_INT8) ||
+                (type == TYPE_INT8) != (keeping->scales[which] != NULL) ||
                 dims[0] != run->batch || dims[1] != a->kv_heads || dims[3] != a->dim ||
                 (which && (dims[2] > run->total ? dims[2] : run->total) != cache->capacity))
                 return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, wrong);
@@ -386,7 +387,8 @@ static Status find_caches(Run *run, void *context) {
             if ((status = CALL(api, TENSOR_DATA, tensor, &present))) return status;
             if (present != past)
                 for (int64_t h = 0; h < (int64_t)run->batch * a->kv_heads; h++)
-                    memcpy((uint8_t *)present + h * capacity * size, (uint8_t *)past + h * behind * size, behind * size);
+                    memcpy((uint8_t *)present + h * capacity * size, (uint8_t *)past + h * behind * size,
+                           behind * size);
             cache->kept[which] = present;
             if (!a->rotary) continue;
             void *table;
@@ -497,12 +499,13 @@ static Status compute(void *kernel, void *context) {
         const Phase *phase = &p->phase[i];
         int pieces = 0;
         if (phase->share == ATTEND) {
-            const Attention *a = &p->keeping[p->stage[p->step[phase->first].stage].weights].shape;
-            pieces = run.batch * (run.length == 1 ? a->kv_heads * run.parts : a->heads * ((run.length + 15) / 16));
+            const Attention *a = &p->keeping[p->stage[p->step[phase->first].stage].place].shape;
+            const int blocks = (run.length + QUERIES - 1) / QUERIES;
+            pieces = run.batch * (run.length == 1 ? a->kv_heads * run.parts : a->heads * blocks);
         } else if (phase->share == COLUMNS)
             for (int j = 0; j < phase->count; j++) {
-                const Weights *w = &p->weights[p->stage[p->step[phase->first + j].stage].weights];
-                const int piece = column_piece(w->n, (int)rows);
+                const Weights *w = &p->weights[p->stage[p->step[phase->first + j].stage].place];
+                const int piece = column_piece(w->n);
                 pieces += (w->n + piece - 1) / piece;
             }
         else
@@ -606,7 +609,8 @@ static void forget(const Files *files, const void *data, size_t size) {
 #endif
 }
 
-static Status read_weights(Program *p, const void *info, const int *from, const Files *files, Weights *w, void **owned) {
+static Status read_weights(Program *p, const void *info, const int *from, const Files *files, Weights *w,
+                           void **owned) {
     Api api = p->api;
     const int k = from[4], n = from[5], bits = from[6], block = from[7];
     if (k < 1 || n < 1 || k > MOST_WIDTH || n > MOST_WIDTH || (bits != 4 && bits != 8) || block < GROUP ||
@@ -674,6 +678,28 @@ static void destroy(void *kernel) {
 
 static int is_value(const Program *p, int v) { return v >= 0 && v < p->values; }
 
+/* Whether a stage's values are there and have the sizes that its kind asks for. What is read is an input or was
+ * written before, and nothing is written twice: until `plan` needs them, `rounded` holds the marks. */
+static int fits(Program *p, const Stage *s) {
+    if ((int)s->kind < 0 || s->kind >= KINDS || !is_value(p, s->a) || !is_value(p, s->out)) return 0;
+    if ((s->b != -1 && !is_value(p, s->b)) || (s->second != -1 && !is_value(p, s->second))) return 0;
+    if ((s->a >= p->inputs && !p->rounded[s->a]) || (s->b >= p->inputs && !p->rounded[s->b])) return 0;
+    if (s->second == s->out || p->rounded[s->out]++ || (s->second >= 0 && p->rounded[s->second]++)) return 0;
+    const int in = p->widths[s->a], out = p->widths[s->out];
+    if (s->kind == PRODUCT) {
+        if (s->place < 0 || s->place >= p->products || s->b != -1 || s->second != -1) return 0;
+        return p->weights[s->place].k == in && p->weights[s->place].n == out;
+    }
+    if (s->kind == ATTENTION) {
+        if (s->place < 0 || s->place >= p->attentions || s->b != -1 || s->second != -1 || s->a < p->inputs) return 0;
+        const Attention *a = &p->keeping[s->place].shape;
+        return in == (a->heads + 2 * a->kv_heads) * a->dim && out == a->heads * a->dim;
+    }
+    if (in != out || (s->b >= 0 && p->widths[s->b] != out)) return 0;
+    if (s->kind == NORM) return s->second < 0 || p->widths[s->second] == out;
+    return s->second < 0 && (s->kind == TIMES || s->kind == PLUS) == (s->b >= 0);
+}
+
 static Phase *next_phase(Program *p, enum Share share) {
     p->phase[p->phases] = (Phase){.share = share, .first = p->steps};
     return &p->phase[p->phases++];
@@ -684,9 +710,14 @@ static void add_step(Program *p, Phase *phase, enum Part part, int stage, int ro
     phase->count++;
 }
 
-/* Stages in their order become phases; before a product its activations are rounded, once. */
-static void plan(Program *p) {
+/* Stages in their order become phases; before a product its activations are rounded, once. 0: no memory. */
+static int plan(Program *p) {
     int *written = calloc(p->values, sizeof *written); /* phase that makes each value; of inputs -1 */
+    int *until = calloc(p->values, sizeof *until), *free_from = calloc(p->values + 1, sizeof *free_from);
+    if (!written || !until || !free_from) {
+        free(written), free(until), free(free_from);
+        return 0;
+    }
     for (int v = 0; v < p->values; v++) written[v] = -1;
     for (int i = 0; i < p->stages; i++) {
         Stage *s = &p->stage[i];
@@ -713,7 +744,6 @@ static void plan(Program *p) {
         if (s->second >= 0) written[s->second] = p->phases - 1;
     }
     /* Scratch memory: a value takes over the place of one that no phase from its own on reads. */
-    int *until = calloc(p->values, sizeof *until), *free_from = calloc(p->values + 1, sizeof *free_from);
     for (int i = 0; i < p->phases; i++)
         for (int j = 0; j < p->phase[i].count; j++) {
             const Step *step = &p->step[p->phase[i].first + j];
@@ -738,6 +768,7 @@ static void plan(Program *p) {
             if (p->widths[v] > p->slot_width[place]) p->slot_width[place] = p->widths[v];
         }
     free(written), free(until), free(free_from);
+    return 1;
 }
 
 static Status create(const CustomOp *op, Api api, const void *info, void **kernel) {
@@ -747,6 +778,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     int stage_ints = 0, weight_ints = 0, attention_ints = 0, length_ints = 0;
     float *epsilons = NULL, *factors = NULL;
     Files files = {NULL, 0};
+    const char *const unfit = "Fused: the node's attributes do not fit together";
     Status status;
     if (!p) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
     p->api = api;
@@ -768,14 +800,14 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     p->stage = calloc(p->stages + 1, sizeof *p->stage);
     p->weights = calloc(p->products + 1, sizeof *p->weights), p->owned = calloc(p->products + 1, sizeof(void *));
     p->step = calloc(3 * p->stages + 1, sizeof *p->step), p->phase = calloc(3 * p->stages + 1, sizeof *p->phase);
-    if (!factors || !p->keeping || !epsilons || !p->rounded || !p->slot || !p->slot_width || !p->stage || !p->weights || !p->owned || !p->step ||
-        !p->phase) {
+    if (!factors || !p->keeping || !epsilons || !p->rounded || !p->slot || !p->slot_width || !p->stage ||
+        !p->weights || !p->owned || !p->step || !p->phase) {
         status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
         goto failed;
     }
     if ((status = CALL(api, ATTRIBUTE_FLOATS, info, "epsilons", epsilons, &epsilon_count))) goto failed;
     if (p->attentions && (status = CALL(api, ATTRIBUTE_FLOATS, info, "factors", factors, &factor_count))) goto failed;
-    status = refuse(api, "Fused: the node's attributes do not fit together");
+    status = refuse(api, unfit);
     if (attention_ints % ATTENTION_INTS || factor_count != 2 * (size_t)p->attentions || (p->attentions && length_ints != 2))
         goto failed;
     if (p->attentions) memcpy(p->lengths, lengths, sizeof p->lengths);
@@ -791,7 +823,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     ((void (*)(void *))api[RELEASE_STATUS])(status);
     if ((status = CALL(api, NODE_INPUT_COUNT, info, &node_inputs))) goto failed;
     if ((status = CALL(api, NODE_OUTPUT_COUNT, info, &node_outputs))) goto failed;
-    status = refuse(api, "Fused: the node's attributes do not fit together");
+    status = refuse(api, unfit);
     if (node_outputs != (size_t)p->output_count + 2 * p->attentions) goto failed;
     for (int i = 0; i < attention_ints; i++) /* those from the sixth of each on are inputs */
         if (i % ATTENTION_INTS >= 5 && attentions[i] >= (int)node_inputs) goto failed;
@@ -814,55 +846,37 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         const size_t panel = panel_bytes(p->weights[i].k);
         if (panel > p->panel) p->panel = aligned(panel);
         p->per_row += (int64_t)p->weights[i].k * p->weights[i].n;
-        status = refuse(api, "Fused: the node's attributes do not fit together");
+        status = refuse(api, unfit);
     }
     for (int i = 0; i < p->attentions; i++) {
         ((void (*)(void *))api[RELEASE_STATUS])(status);
         if ((status = read_attention(p, info, attentions + i * ATTENTION_INTS, factors + 2 * i, &p->keeping[i])))
             goto failed;
-        status = refuse(api, "Fused: the node's attributes do not fit together");
+        status = refuse(api, unfit);
     }
     for (int i = 0; i < p->stages; i++) {
-        const int *from = stages + i * STAGE_INTS;
         Stage *s = &p->stage[i];
+        const int *from = stages + i * STAGE_INTS;
         *s = (Stage){from[0], from[1], from[2], from[3], from[4], from[5], NULL, NULL, epsilons[i]};
-        if (from[0] < 0 || from[0] >= KINDS || !is_value(p, s->a) || !is_value(p, s->out)) goto failed;
-        if ((s->b != -1 && !is_value(p, s->b)) || (s->second != -1 && !is_value(p, s->second))) goto failed;
-        /* What is read is there, and everything is written once. `rounded` holds the marks until `plan` needs it. */
-        if ((s->a >= p->inputs && !p->rounded[s->a]) || (s->b >= p->inputs && !p->rounded[s->b])) goto failed;
-        if (s->second == s->out || p->rounded[s->out]++ || (s->second >= 0 && p->rounded[s->second]++)) goto failed;
-        const int width = p->widths[s->out];
-        if (s->kind == PRODUCT) {
-            if (s->weights < 0 || s->weights >= p->products || s->b != -1 || s->second != -1) goto failed;
-            if (p->weights[s->weights].k != p->widths[s->a] || p->weights[s->weights].n != width) goto failed;
-            continue;
-        }
-        if (s->kind == ATTENTION) {
-            if (s->weights < 0 || s->weights >= p->attentions || s->b != -1 || s->second != -1) goto failed;
-            const Attention *a = &p->keeping[s->weights].shape;
-            if (s->a < p->inputs || p->widths[s->a] != (a->heads + 2 * a->kv_heads) * a->dim) goto failed;
-            if (width != a->heads * a->dim) goto failed;
-            continue;
-        }
-        if (p->widths[s->a] != width || (s->b >= 0 && p->widths[s->b] != width)) goto failed;
-        if (s->second >= 0 && p->widths[s->second] != width) goto failed;
-        if ((s->kind == TIMES || s->kind == PLUS) != (s->b >= 0) && s->kind != NORM) goto failed;
-        if (s->kind != NORM && s->second >= 0) goto failed;
-        if (s->kind == NORM || s->kind == CENTRED_NORM) {
-            const void *gain, *bias = NULL;
-            ((void (*)(void *))api[RELEASE_STATUS])(status);
-            if ((status = constant(api, info, from[5], width, TYPE_FLOAT, TYPE_FLOAT, &gain, NULL))) goto failed;
-            if (from[6] >= 0 && (status = constant(api, info, from[6], width, TYPE_FLOAT, TYPE_FLOAT, &bias, NULL)))
-                goto failed;
-            s->gain = gain, s->bias = bias;
-            status = refuse(api, "Fused: the node's attributes do not fit together");
-        }
+        if (!fits(p, s)) goto failed;
+        if (s->kind != NORM && s->kind != CENTRED_NORM) continue;
+        const void *gain, *bias = NULL;
+        const size_t width = p->widths[s->out];
+        ((void (*)(void *))api[RELEASE_STATUS])(status);
+        if ((status = constant(api, info, from[5], width, TYPE_FLOAT, TYPE_FLOAT, &gain, NULL))) goto failed;
+        if (from[6] >= 0 && (status = constant(api, info, from[6], width, TYPE_FLOAT, TYPE_FLOAT, &bias, NULL)))
+            goto failed;
+        s->gain = gain, s->bias = bias;
+        status = refuse(api, unfit);
     }
     for (int v = p->inputs; v < p->values; v++)
         if (!p->rounded[v]) goto failed;
     memset(p->rounded, 0, sizeof(int) * p->values);
     ((void (*)(void *))api[RELEASE_STATUS])(status);
-    plan(p);
+    if (!plan(p)) {
+        status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
+        goto failed;
+    }
     free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(factors);
     *kernel = p;
     return NULL;

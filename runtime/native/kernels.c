@@ -431,8 +431,7 @@ void plus(const float *a, const float *b, int width, float *y) {
 }
 
 /* Pieces of columns: many enough for threads to share them evenly, whole pairs of tiles each. */
-int column_piece(int n, int rows) {
-    (void)rows;
+int column_piece(int n) {
     const int each = (n + 15) / 16;
     return (each + 2 * TILE - 1) / (2 * TILE) * (2 * TILE);
 }

@@ -50,7 +50,7 @@ void multiply(const Weights *w, const Rows8 *x, int rows, int first, int last, f
               void *scratch);
 
 /* How many columns of a product are a piece of work. */
-int column_piece(int n, int rows);
+int column_piece(int n);
 
 void rms_norm(const float *x, const float *skip, const float *gain, float epsilon, int width, float *sum, float *y);
 void layer_norm(const float *x, const float *gain, const float *bias, float epsilon, int width, float *y);
