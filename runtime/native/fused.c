@@ -106,8 +106,9 @@ typedef struct {
     uint8_t *panels;
     atomic_int *next, *done, panels_taken;
     int *pieces;
-    /* of attention: tokens a row of the batch, how many are behind them, the parts that keys are shared out in */
-    int batch, length, total, parts;
+    /* of attention: rows of the batch, tokens of each, the most tokens of one with those before */
+    int batch, length, total;
+    int parts; /* that the keys of one token are shared out in, where every row has one; else 0 */
     const int32_t *lengths;
     Cache *caches;
     float *largest, *sums, *totals; /* (rows, heads, parts[, dim]) */
@@ -199,48 +200,87 @@ static void store(const Run *run, const Stage *s, int row) {
     }
 }
 
-/* A piece of an attention: for one token a row, some of the keys of one head of keys; else some queries. */
-static void run_attention(const Run *run, const Stage *s, int piece) {
-    const Program *p = run->program;
-    const Keeping *keeping = &p->keeping[s->place];
-    const Cache *cache = &run->caches[s->place];
+/* How many keys of so many are a part: whole blocks, MOST_PARTS parts at the most. What a token makes of its keys
+ * depends on this alone, and so not on the tokens and rows that it is computed with, to the last bit. */
+static int keys_a_part(int total) {
+    return ((total + MOST_PARTS - 1) / MOST_PARTS + KEYS - 1) / KEYS * KEYS;
+}
+
+/* Queries of one head, or of one token, over one part of the keys of a head. */
+static void attend_part(const Attention *a, const Heads *kept, const float *const queries[4], const int positions[4],
+                        int count, int part, Partial out[4]) {
+    const int seen = positions[count - 1] + 1, each = keys_a_part(seen);
+    int first = part * each, last = first + each < seen ? first + each : seen;
+    const int nearest = a->window > 0 ? (positions[0] + 1 - a->window) / KEYS * KEYS : 0;
+    if (first < nearest) first = nearest;
+    attend(a, kept, queries, positions, count, first, last, out);
+}
+
+static Heads heads_of(const Keeping *keeping, const Cache *cache, int batch, int kv) {
     const Attention *a = &keeping->shape;
-    const int group = a->heads / a->kv_heads, in = p->widths[s->a], width = p->widths[s->out];
-    const int alone = run->length == 1, blocks = (run->length + QUERIES - 1) / QUERIES;
-    const int part = alone ? piece % run->parts : piece % blocks, rest = piece / (alone ? run->parts : blocks);
-    const int heads = alone ? a->kv_heads : a->heads, head = rest % heads, batch = rest / heads;
-    const int kv = alone ? head : head / group, before = tokens_before(run, batch);
     Heads kept = {.kind = cache->kind, .key_step = keeping->step[0], .value_step = keeping->step[1]};
     kept.keys = kept_at(cache, 0, a, batch, kv, 0), kept.values = kept_at(cache, 1, a, batch, kv, 0);
     if (cache->kind == CODES) {
         kept.key_scales = keeping->scales[0] + kv * a->dim * keeping->step[0];
         kept.value_scales = keeping->scales[1] + kv * a->dim * keeping->step[1];
     }
-    const int each = alone ? ((run->total + run->parts - 1) / run->parts + KEYS - 1) / KEYS * KEYS : 0;
-    const int end = alone ? group : part * QUERIES + QUERIES < run->length ? part * QUERIES + QUERIES : run->length;
-    float largest[4], sums[4], totals[4][MOST_DIM];
-    for (int at = alone ? 0 : part * QUERIES; at < end; at += 4) {
-        const int count = end - at < 4 ? end - at : 4;
+    return kept;
+}
+
+/* A piece of an attention where every row of the batch has one token: a part of the keys of one head of keys, for
+ * all heads that look at them. COMBINE puts parts together. */
+static void run_token(const Run *run, const Stage *s, int piece) {
+    const Program *p = run->program;
+    const Keeping *keeping = &p->keeping[s->place];
+    const Attention *a = &keeping->shape;
+    const int part = piece % run->parts, kv = piece / run->parts % a->kv_heads, row = piece / run->parts / a->kv_heads;
+    const int group = a->heads / a->kv_heads, position = tokens_before(run, row);
+    const Heads kept = heads_of(keeping, &run->caches[s->place], row, kv);
+    for (int at = 0; at < group; at += 4) {
+        const int count = group - at < 4 ? group - at : 4, positions[4] = {position, position, position, position};
         const float *queries[4];
-        int positions[4];
         Partial out[4];
         for (int i = 0; i < count; i++) {
-            const int row = batch * run->length + (alone ? 0 : at + i), h = alone ? kv * group + at + i : head;
-            queries[i] = run->value[s->a] + (size_t)row * in + h * a->dim;
-            positions[i] = before + (alone ? 0 : at + i);
-            const size_t place = ((size_t)row * a->heads + h) * run->parts + part;
-            out[i] = run->parts == 1 ? (Partial){&largest[i], &sums[i], totals[i]}
-                                     : (Partial){run->largest + place, run->sums + place, run->totals + place * a->dim};
+            const int head = kv * group + at + i;
+            const size_t place = ((size_t)row * a->heads + head) * run->parts + part;
+            queries[i] = run->value[s->a] + (size_t)row * p->widths[s->a] + head * a->dim;
+            out[i] = (Partial){run->largest + place, run->sums + place, run->totals + place * a->dim};
         }
-        const int seen = positions[count - 1] + 1;
-        int first = alone ? part * each : 0, last = alone && first + each < seen ? first + each : seen;
-        const int nearest = a->window > 0 ? positions[0] + 1 - a->window : 0;
-        if (first < nearest) first = nearest / KEYS * KEYS > first ? nearest / KEYS * KEYS : first;
-        attend(a, &kept, queries, positions, count, first, last, out);
-        if (run->parts > 1) continue;
+        attend_part(a, &kept, queries, positions, count, part, out);
+    }
+}
+
+/* A piece of an attention over several tokens: some of them, of one head. */
+static void run_tokens(const Run *run, const Stage *s, int piece) {
+    const Program *p = run->program;
+    const Keeping *keeping = &p->keeping[s->place];
+    const Attention *a = &keeping->shape;
+    const int blocks = (run->length + QUERIES - 1) / QUERIES, block = piece % blocks;
+    const int head = piece / blocks % a->heads, batch = piece / blocks / a->heads, before = tokens_before(run, batch);
+    const Heads kept = heads_of(keeping, &run->caches[s->place], batch, head / (a->heads / a->kv_heads));
+    const int end = (block + 1) * QUERIES < run->length ? (block + 1) * QUERIES : run->length;
+    float largest[4][MOST_PARTS], sums[4][MOST_PARTS], totals[4][MOST_PARTS * MOST_DIM];
+    for (int at = block * QUERIES, count; at < end; at += count) {
+        const int each = keys_a_part(before + at + 1);
+        const float *queries[4];
+        int positions[4];
+        for (count = 0; count < 4 && at + count < end; count++) {
+            const int row = batch * run->length + at + count;
+            positions[count] = before + at + count;
+            if (keys_a_part(positions[count] + 1) != each) break;
+            queries[count] = run->value[s->a] + (size_t)row * p->widths[s->a] + head * a->dim;
+        }
+        const int parts = (positions[count - 1] + each) / each;
+        for (int part = 0; part < parts; part++) {
+            Partial out[4];
+            for (int i = 0; i < count; i++)
+                out[i] = (Partial){&largest[i][part], &sums[i][part], totals[i] + part * a->dim};
+            attend_part(a, &kept, queries, positions, count, part, out);
+        }
         for (int i = 0; i < count; i++) {
-            const int row = batch * run->length + (alone ? 0 : at + i), h = alone ? kv * group + at + i : head;
-            combine(&largest[i], &sums[i], totals[i], 1, a->dim, run->value[s->out] + (size_t)row * width + h * a->dim);
+            const size_t row = (size_t)batch * run->length + at + i;
+            combine(largest[i], sums[i], totals[i], parts, a->dim,
+                    run->value[s->out] + row * p->widths[s->out] + head * a->dim);
         }
     }
 }
@@ -270,7 +310,7 @@ static void run_step(const Run *run, const Step *step, int row) {
     case RELU: relu(a, (int)width, out); break;
     case ATTENTION:
         if (step->part == STORE) store(run, s, row);
-        else if (run->parts > 1) {
+        else if (run->parts) {
             const Attention *shape = &p->keeping[s->place].shape;
             for (int h = 0; h < shape->heads; h++) {
                 const size_t place = ((size_t)row * shape->heads + h) * run->parts;
@@ -311,7 +351,9 @@ static void work(void *data, size_t task) {
         int piece;
         while ((piece = atomic_fetch_add_explicit(&run->next[i], 1, memory_order_relaxed)) < pieces) {
             if (phase->share == ATTEND) {
-                run_attention(run, &p->stage[p->step[phase->first].stage], piece);
+                const Stage *s = &p->stage[p->step[phase->first].stage];
+                if (run->parts) run_token(run, s, piece);
+                else run_tokens(run, s, piece);
             } else if (phase->share == COLUMNS) {
                 if (!panel) panel = run->panels + p->panel * atomic_fetch_add(&run->panels_taken, 1);
                 run_columns(run, phase, piece, panel);
@@ -437,7 +479,7 @@ static Status compute(void *kernel, void *context) {
     }
     if (rows == 0) return NULL;
 
-    Run run = {.program = p, .rows = (int)rows, .value = value, .parts = 1};
+    Run run = {.program = p, .rows = (int)rows, .value = value};
     Cache *caches = NULL;
     if (p->attentions) {
         if (rank != 3 || !(caches = calloc(p->attentions, sizeof *caches)))
@@ -454,7 +496,7 @@ static Status compute(void *kernel, void *context) {
     }
     const int many = rows >= PANEL_ROWS;
     size_t heads = 0, head_numbers = 0;
-    for (int i = 0; i < p->attentions && run.parts > 1; i++) {
+    for (int i = 0; i < p->attentions; i++) {
         const Attention *a = &p->keeping[i].shape;
         if ((size_t)a->heads > heads) heads = a->heads;
         if ((size_t)a->heads * a->dim > head_numbers) head_numbers = (size_t)a->heads * a->dim;
@@ -501,7 +543,7 @@ static Status compute(void *kernel, void *context) {
         if (phase->share == ATTEND) {
             const Attention *a = &p->keeping[p->stage[p->step[phase->first].stage].place].shape;
             const int blocks = (run.length + QUERIES - 1) / QUERIES;
-            pieces = run.batch * (run.length == 1 ? a->kv_heads * run.parts : a->heads * blocks);
+            pieces = run.batch * (run.parts ? a->kv_heads * run.parts : a->heads * blocks);
         } else if (phase->share == COLUMNS)
             for (int j = 0; j < phase->count; j++) {
                 const Weights *w = &p->weights[p->stage[p->step[phase->first + j].stage].place];
