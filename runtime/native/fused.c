@@ -40,6 +40,7 @@ enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, REL
 enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 11, MOST = 4096 };
 enum { MOST_WIDTH = 1 << 24 }; /* of weights and activations, so that no product of sizes leaves 64 bits */
 enum { MOST_PARTS = 8 };       /* that the keys of one token's attention are shared out in */
+enum { AT_A_TIME = 1 << 17 };  /* bytes, times TILE, of codes that are packed before their pages are let go of */
 enum { QUERIES = 16 };         /* of one head that are a piece of an attention over several tokens */
 enum { ALONE = 1 << 17 };      /* products of fewer multiplications are not worth a second thread */
 
@@ -679,9 +680,16 @@ static Status read_weights(Program *p, const void *info, const int *from, const 
     }
     *owned = aligned_alloc(64, aligned(packed_bytes(w)));
     if (!*owned) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
-    pack(w, *owned);
-    forget(files, w->codes, bytes);
+    begin_packing(w, *owned);
     forget(files, w->scales, all * (w->half_scales ? 2 : 4));
+    /* Some codes at a time, so that a table of megabytes is not in memory twice. */
+    const size_t tiles = ((size_t)n + TILE - 1) / TILE, step = (AT_A_TIME + row_bytes(w) - 1) / row_bytes(w);
+    for (size_t tile = 0; tile < tiles; tile += step) {
+        const size_t end = tile + step < tiles ? tile + step : tiles;
+        const size_t row = end * TILE < (size_t)n ? end * TILE : (size_t)n;
+        pack_codes(w, tile, end);
+        forget(files, w->codes + tile * TILE * row_bytes(w), (row - tile * TILE) * row_bytes(w));
+    }
     w->codes = NULL, w->scales = NULL, w->zeros = NULL; /* nothing reads them again */
     return NULL;
 }

@@ -56,12 +56,12 @@ size_t packed_bytes(const Weights *w) {
 }
 
 /* The words of a group of one row in the order of `packed`. */
-static inline void words_of(const Weights *w, size_t row_bytes, int n, int group, __m128i words[2]) {
+static inline void words_of(const Weights *w, size_t bytes, int n, int group, __m128i words[2]) {
     if (n >= w->n) {
         words[0] = words[1] = _mm_setzero_si128();
         return;
     }
-    const __m128i *from = (const __m128i *)(w->codes + n * row_bytes + (size_t)group * GROUP * w->bits / 8);
+    const __m128i *from = (const __m128i *)(w->codes + n * bytes + (size_t)group * GROUP * w->bits / 8);
     words[0] = _mm_loadu_si128(from);
     if (w->bits == 8) {
         words[1] = _mm_loadu_si128(from + 1);
@@ -85,23 +85,28 @@ static inline void columns_of(const __m128i rows[TILE], __m256i *to) {
     _mm256_storeu_si256(to + 3, _mm256_unpackhi_epi64(pairs[1], pairs[3]));
 }
 
-void pack(Weights *w, void *memory) {
-    const size_t tiles = (w->n + TILE - 1) / TILE, scale = w->half_scales ? 2 : 4, all = tiles * w->blocks * TILE;
-    const size_t row_bytes = (size_t)w->blocks * w->block * w->bits / 8;
-    const size_t zero_bytes = w->bits == 8 ? (size_t)w->blocks : (size_t)(w->blocks + 1) / 2;
-    w->packed = memory;
-    w->tile_scales = w->packed + tiles * w->groups * group_bytes(w);
-    w->tile_zeros = w->zeros ? w->tile_scales + all * scale : NULL;
-    __m256i *to = (__m256i *)w->packed;
-    for (size_t tile = 0; tile < tiles; tile++)
+size_t row_bytes(const Weights *w) { return (size_t)w->blocks * w->block * w->bits / 8; }
+
+void pack_codes(const Weights *w, size_t first, size_t last) {
+    const size_t bytes = row_bytes(w);
+    __m256i *to = (__m256i *)(w->packed + first * w->groups * group_bytes(w));
+    for (size_t tile = first; tile < last; tile++)
         for (int g = 0; g < w->groups; g++, to += w->bits) {
             __m128i words[TILE][2], part[TILE];
-            for (int i = 0; i < TILE; i++) words_of(w, row_bytes, (int)tile * TILE + i, g, words[i]);
+            for (int i = 0; i < TILE; i++) words_of(w, bytes, (int)tile * TILE + i, g, words[i]);
             for (int half = 0; half < w->bits / 4; half++) {
                 for (int i = 0; i < TILE; i++) part[i] = words[i][half];
                 columns_of(part, to + half * 4);
             }
         }
+}
+
+void begin_packing(Weights *w, void *memory) {
+    const size_t tiles = (w->n + TILE - 1) / TILE, scale = w->half_scales ? 2 : 4, all = tiles * w->blocks * TILE;
+    const size_t zero_bytes = w->bits == 8 ? (size_t)w->blocks : (size_t)(w->blocks + 1) / 2;
+    w->packed = memory;
+    w->tile_scales = w->packed + tiles * w->groups * group_bytes(w);
+    w->tile_zeros = w->zeros ? w->tile_scales + all * scale : NULL;
     memset(w->tile_scales, 0, all * (scale + (w->zeros ? 1 : 0)));
     for (int n = 0; n < w->n; n++)
         for (int b = 0; b < w->blocks; b++) {

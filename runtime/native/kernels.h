@@ -21,13 +21,16 @@ typedef struct {
     const uint8_t *zeros;
     const float *bias;
     int k, n, bits, block, blocks, groups, half_scales;
-    uint8_t *packed, *tile_scales, *tile_zeros; /* set by `pack` */
+    uint8_t *packed, *tile_scales, *tile_zeros; /* set by `begin_packing` */
 } Weights;
 
 size_t packed_bytes(const Weights *w);
 
-/* Brings weights into the order of the products, in memory of `packed_bytes`. */
-void pack(Weights *w, void *memory);
+/* Brings weights into the order of the products, in memory of `packed_bytes`: first scales and zero points, then
+ * the codes of the tiles [first, last), which are read from rows of so many bytes. */
+void begin_packing(Weights *w, void *memory);
+void pack_codes(const Weights *w, size_t first, size_t last);
+size_t row_bytes(const Weights *w);
 
 /* Rows of activations in 8 bits: round(x / scale) with scale = max|x| / 127 over GROUP of them. */
 typedef struct {
