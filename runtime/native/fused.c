@@ -711,7 +711,8 @@ static Status read_attention(Program *p, const void *info, const int *from, cons
         to->step[which] = 1;
         if (status) {
             ((void (*)(void *))api[RELEASE_STATUS])(status);
-            if ((status = constant(api, info, from[9 + which], 1, TYPE_FLOAT, TYPE_FLOAT, &scales, NULL))) return status;
+            status = constant(api, info, from[9 + which], 1, TYPE_FLOAT, TYPE_FLOAT, &scales, NULL);
+            if (status) return status;
             to->step[which] = 0;
         }
         to->scales[which] = scales;
@@ -858,8 +859,8 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if ((status = CALL(api, ATTRIBUTE_FLOATS, info, "epsilons", epsilons, &epsilon_count))) goto failed;
     if (p->attentions && (status = CALL(api, ATTRIBUTE_FLOATS, info, "factors", factors, &factor_count))) goto failed;
     status = refuse(api, unfit);
-    if (attention_ints % ATTENTION_INTS || factor_count != 2 * (size_t)p->attentions || (p->attentions && length_ints != 2))
-        goto failed;
+    if (attention_ints % ATTENTION_INTS || factor_count != 2 * (size_t)p->attentions) goto failed;
+    if (p->attentions && length_ints != 2) goto failed;
     if (p->attentions) memcpy(p->lengths, lengths, sizeof p->lengths);
     if (p->attentions && (lengths[0] < 0 || lengths[1] < 0)) goto failed;
     if (p->values < 2 || p->values > MOST || p->output_count < 1 || p->stages < 1 || p->stages > MOST ||
@@ -892,7 +893,8 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     files = mapped_files();
     for (int i = 0; i < p->products; i++) {
         ((void (*)(void *))api[RELEASE_STATUS])(status);
-        if ((status = read_weights(p, info, weights + i * WEIGHT_INTS, &files, &p->weights[i], &p->owned[i]))) goto failed;
+        const int *from = weights + i * WEIGHT_INTS;
+        if ((status = read_weights(p, info, from, &files, &p->weights[i], &p->owned[i]))) goto failed;
         const size_t panel = panel_bytes(p->weights[i].k);
         if (panel > p->panel) p->panel = aligned(panel);
         p->per_row += (int64_t)p->weights[i].k * p->weights[i].n;
