@@ -42,26 +42,11 @@ class Stage:
     writes: tuple[ir.Value | None, ...]
     constants: tuple[ir.Value | None, ...] = ()
     sizes: tuple[int, ...] = ()  # last dimension of what is read and written, if the stage says it
-    packing: tuple[
-        int, ...
-    ] = ()  # bits and block size of a product; of an attention what fused.c lists first
+    packing: tuple[int, ...] = ()  # bits and block size of a product; the first five numbers of an attention
     epsilon: float = 0.0
     tensors: tuple[ir.Value | None, ...] = ()  # other inputs of an attention: past, tables, scales, lengths
     present: tuple[ir.Value, ...] = ()  # keys and values with the new ones
     factors: tuple[float, ...] = ()  # scale and softcap
-
-
-def _keep_in_halves(graph: ir.Graph, attentions: Sequence[Stage]) -> None:
-    """Let past keys and values be float16 instead of float32, where all of them are read by Fused nodes.
-
-    A step over many tokens waits for memory, and float16 is off by a two-thousandth; 8-bit ones stay.
-    """
-    past = [value for stage in attentions for value in stage.tensors[:2] if value is not None]
-    if len(past) != sum((value.name or "").startswith("past.") for value in graph.inputs):
-        return
-    for value in (*past, *(value for stage in attentions for value in stage.present)):
-        if value.dtype == ir.DataType.FLOAT:
-            value.type = ir.TensorType(ir.DataType.FLOAT16)
 
 
 def known_shapes(model: ir.Model) -> dict[str, Dims]:
@@ -90,6 +75,19 @@ def fuse_stages(model: ir.Model, shapes: Shapes) -> ir.Model | None:
     common.RemoveUnusedNodesPass()(copy)
     common.TopologicalSortPass()(copy)
     return copy
+
+
+def _keep_in_halves(graph: ir.Graph, attentions: Sequence[Stage]) -> None:
+    """Let past keys and values be float16 instead of float32, where all of them are read by Fused nodes.
+
+    A step over many tokens waits for memory, and float16 is off by a two-thousandth; 8-bit ones stay.
+    """
+    past = [value for stage in attentions for value in stage.tensors[:2] if value is not None]
+    if len(past) != sum((value.name or "").startswith("past.") for value in graph.inputs):
+        return
+    for value in (*past, *(value for stage in attentions for value in stage.present)):
+        if value.dtype == ir.DataType.FLOAT:
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
 
 
 def _activations(graph: ir.Graph) -> Iterator[ir.Value]:
