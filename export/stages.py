@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from gemini.export.fusions.patterns import CONTRIB, dims, first_input, only_user, produced_by
+from gemini.export.fusions.patterns import CONTRIB, dims, first_input, only_user, produced_by, replace
 
 DOMAIN = "gemini"
 BLOCKS = (32, 64, 128, 256)  # that the kernels know
@@ -309,24 +309,15 @@ def _groups(graph: ir.Graph, found: dict[ir.Node, Stage]) -> list[list[Stage]]:
 
 def _in_turns(stages: Sequence[Stage]) -> list[Stage]:
     """The same stages: whatever rows can do before the next products, then all products that are ready."""
-    waiting, ordered = list(stages), []
-    inside = {value for stage in stages for value in stage.writes if value is not None}
+    waiting, ordered, products = list(stages), list[Stage](), False
+    inside = {value for stage in stages for value in stage.writes}
     while waiting:
-        for products in (False, True):
-            progress = True
-            while progress:
-                ready = [
-                    s
-                    for s in waiting
-                    if (s.kind == PRODUCT) == products and not any(v in inside for v in s.reads)
-                ]
-                ordered += ready
-                waiting = [s for s in waiting if s not in ready]
-                if not products:
-                    inside -= {value for stage in ready for value in stage.writes if value is not None}
-                progress = bool(ready) and not products
-            if products:
-                inside -= {value for stage in ready for value in stage.writes if value is not None}
+        ready = [s for s in waiting if (s.kind == PRODUCT) == products and inside.isdisjoint(s.reads)]
+        ordered += ready
+        waiting = [s for s in waiting if s not in ready]
+        inside -= {value for stage in ready for value in stage.writes}
+        if products or not ready:
+            products = not products
     return ordered
 
 
@@ -393,12 +384,9 @@ def _replace(
     last = [node for node in graph if node in nodes][-1]
     graph.insert_before(last, fused)
     for old, new in zip(outputs, fused.outputs, strict=True):
-        name_of = old.name
         # The operator does not say what it makes: keys and values may be codes.
         new.shape = old.shape if old.is_graph_output() else None
         new.type = old.type or ir.TensorType(ir.DataType.FLOAT)
-        old.name = f"{name_of}/replaced"
-        new.name = name_of
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        replace(old, new)
         renewed[old] = new
     graph.remove([node for node in graph if node in nodes], safe=True)

@@ -59,12 +59,11 @@ class Bundle:
 
     def graph(self, key: str, half: bool = False, fused: bool = False) -> Path:
         """The path of the graph ``key`` ("decoder", "encoder" or "vision"), of that in half precision, or of
-        that for the runtime's own kernels where there is one.
+        that for the runtime's own kernels.
         """
         manifest = self.manifest
-        if fused and key in manifest.fused_graphs:
-            return self.file(manifest.fused_graphs[key])
-        return self.file((manifest.half_graphs if half else manifest.graphs)[key])
+        graphs = manifest.fused_graphs if fused else manifest.half_graphs if half else manifest.graphs
+        return self.file(graphs[key])
 
     def text(self, name: str) -> str:
         """The UTF-8 text of a listed file."""

@@ -19,7 +19,7 @@ from gemini.errors import UsageError
 
 VARIABLE = "GEMINI_KERNELS"  # "own" or "onnxruntime"; unset: whichever is the faster one
 _OWN, _OTHERS = "own", "onnxruntime"
-_RUNS, _OUTDONE = 1, 2  # what gemini_processor says
+_RUNS = 1  # what gemini_processor says: 0 no, 1 yes, 2 yes and onnxruntime's kernels are faster
 
 
 @functools.cache
@@ -34,10 +34,14 @@ def _library() -> tuple[ctypes.CDLL, Path] | None:
     return None
 
 
+def _processor() -> int:
+    found = _library()
+    return 0 if found is None else int(found[0].gemini_processor())
+
+
 def available() -> bool:
     """Whether the library is there and this processor can run it."""
-    found = _library()
-    return found is not None and found[0].gemini_processor() >= _RUNS
+    return _processor() >= _RUNS
 
 
 def wanted() -> bool:
@@ -54,8 +58,7 @@ def wanted() -> bool:
             f"{VARIABLE} asks for the own kernels, which are not built or do not fit this processor.",
             "Unset it, or install gemini-edge where there is a C compiler.",
         )
-    found = _library()
-    return asked == _OWN or (asked == "" and found is not None and found[0].gemini_processor() == _RUNS)
+    return asked == _OWN or (asked == "" and _processor() == _RUNS)
 
 
 def state() -> str:

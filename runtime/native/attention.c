@@ -6,8 +6,6 @@
 
 #include "vectors.h"
 
-enum { WIDEST = MOST_DIM / 8 };
-
 void rotate(float *x, const float *cosines, const float *sines, int half, int interleaved) {
     for (int i = 0; i < half; i++) {
         float *const a = x + (interleaved ? 2 * i : i), *const b = interleaved ? a + 1 : a + half;
@@ -126,7 +124,7 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[4
     memset(totals, 0, sizeof(float) * 4 * dim);
     for (int at = first; at < last; at += KEYS) {
         const int some = last - at < KEYS ? last - at : KEYS;
-        const size_t size = heads->kind == FLOATS ? 4 : heads->kind == HALVES ? 2 : 1, offset = size * at * dim;
+        const size_t size = size_of(heads->kind), offset = size * at * dim;
         /* Keys come first, values while keys are looked at. */
         fetch((const char *)heads->keys + offset, size * some * dim);
         fetch((const char *)heads->values + offset, size * some * dim);

@@ -17,6 +17,8 @@ typedef struct {
 /* What numbers are kept as: float32, float16, or 8-bit codes. */
 enum Kept { FLOATS, HALVES, CODES };
 
+static inline size_t size_of(enum Kept kind) { return kind == FLOATS ? 4 : kind == HALVES ? 2 : 1; }
+
 /* Keys and values (tokens, dim) of one head; codes are times a scale a channel (step 1) or one scale (step 0). */
 typedef struct {
     const void *keys, *values;

@@ -167,8 +167,6 @@ static int tokens_before(const Run *run, int batch) {
     return run->length == run->total ? 0 : run->lengths[batch] + 1 - run->length;
 }
 
-static size_t size_of(enum Kept kind) { return kind == FLOATS ? 4 : kind == HALVES ? 2 : 1; }
-
 static uint8_t *kept_at(const Cache *cache, int which, const Attention *a, int batch, int head, int64_t token) {
     const int64_t place = ((int64_t)batch * a->kv_heads + head) * cache->capacity + token;
     return cache->kept[which] + place * a->dim * size_of(cache->kind);
