@@ -15,16 +15,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from gemini import runtime
 from gemini.errors import RequestError, UsageError
 from gemini.pretrained import SHIPPED, shipped_bundle
-from gemini.runtime import Label, Seq2SeqGenerator, TextClassifier, TextGenerator, load
-from gemini.runtime.seq2seq import CAPTION_BEAMS
-from gemini.runtime.vision import open_image
+from gemini.runtime.options import CAPTION_BEAMS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from gemini.runtime import Session
+    from gemini.runtime import Label, Session
     from gemini.runtime.options import OptionArgs
 
 # Sizes that exist as configurations, for those who train them.
@@ -50,8 +49,8 @@ class Model:
 
     def stream_text(self, prompt: str, max_length: int = 100, **options: Unpack[OptionArgs]) -> Iterator[str]:
         """What :meth:`generate_text` adds to the prompt, piece by piece as it is written."""
-        session = self._able("write text", TextGenerator, Seq2SeqGenerator)
-        source = session.prefixed(prompt) if isinstance(session, Seq2SeqGenerator) else prompt
+        session = self._able("write text", runtime.TextGenerator, runtime.Seq2SeqGenerator)
+        source = session.prefixed(prompt) if isinstance(session, runtime.Seq2SeqGenerator) else prompt
         pieces: Iterator[str] = session.stream(source, **{"max_new_tokens": max_length, **options})
         return pieces
 
@@ -62,7 +61,7 @@ class Model:
 
         With more beams a likelier caption may be found; one is greedy.
         """
-        session = self._able("caption images", Seq2SeqGenerator)
+        session = self._able("caption images", runtime.Seq2SeqGenerator)
         captions = {
             name.removeprefix("image-to-text").lstrip("-") or "en": prefix
             for name, prefix in self._prefixes.items()
@@ -82,7 +81,7 @@ class Model:
 
         Of a long text gemini-nano reads the first and the last 64 tokens.
         """
-        session = self._able("classify texts", TextClassifier, Seq2SeqGenerator)
+        session = self._able("classify texts", runtime.TextClassifier, runtime.Seq2SeqGenerator)
         best: Label = session.classify([text])[0][0]
         return best
 
@@ -108,7 +107,7 @@ def load_model(source: str | Path = "gemini-nano", device: str = "auto", threads
     """
     name = str(source)
     if Path(source).is_dir():
-        return Model(load(source, device, threads))
+        return Model(runtime.load(source, device, threads))
     if name in SHIPPED:
         bundle = shipped_bundle(name)
         if not bundle.is_dir():
@@ -116,18 +115,20 @@ def load_model(source: str | Path = "gemini-nano", device: str = "auto", threads
                 f"{name} is not part of this installation.",
                 "Train it with `gemini-edge train nano`, compress the result and load that folder.",
             )
-        return Model(load(bundle, device, threads))
+        return Model(runtime.load(bundle, device, threads))
     if name in UNTRAINED:
         raise UsageError(
             f"{name} is a configuration that nobody has trained yet; {', '.join(SHIPPED)} is.",
             f'Train it: write a recipe with size = "{name.removeprefix("gemini-")}" for `gemini-edge train`, '
             "compress the result and load that folder.",
         )
-    return Model(load(_compressed(name), device, threads))
+    return Model(runtime.load(_compressed(name), device, threads))
 
 
 def load_image(source: Any) -> Image:
     """A PIL image from a path, bytes or a uint8 array (H, W, 3); RequestError if it is none."""
+    from gemini.runtime.vision import open_image
+
     return open_image(source)
 
 

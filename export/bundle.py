@@ -20,6 +20,7 @@ from typing import Any
 from gemini.errors import BundleError, ExportError
 from gemini.export.encoder_decoder import decoder_vocabulary
 from gemini.export.exporter import Exported
+from gemini.export.tokenizer_files import write_tokenizer
 from gemini.model.checkpoint import Checkpoint
 from gemini.model.text import end_tokens
 from gemini.runtime.bundle import MANIFEST_NAME, file_digest, seal
@@ -97,14 +98,14 @@ def _flush(file: Path) -> None:
 
 
 def write_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """tokenizer.json and chat_template.jinja, or preprocessor.json: what the runtime needs beside the
+    """The tokenizer and chat_template.jinja, or preprocessor.json: what the runtime needs beside the
     graph."""
     if checkpoint.tokenizer is not None:
         backend = checkpoint.tokenizer.backend_tokenizer
         # A batch that was tokenized earlier leaves its padding behind; the runtime pads by itself.
         backend.no_padding()
         backend.no_truncation()
-        (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+        write_tokenizer(backend, folder)
         template = checkpoint.tokenizer.chat_template
         if isinstance(template, str) and checkpoint.family == "decoder":
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -38,7 +38,7 @@ from gemini.runtime import kernels
 from gemini.runtime.schema import LayerShape
 
 # How much further than onnxruntime's own kernels from torch the runtime's kernels may be.
-FUSED_TOLERANCE = 1.5
+FUSED_TOLERANCE = 2.0
 
 
 class TraceFailure(Exception):
@@ -269,7 +269,9 @@ def _fused_graphs(
     """The same graphs for the runtime's own kernels, where those can be tried here.
 
     Both round activations to 8 bits, so torch is not a reference to the last digit: the own kernels may be as
-    far from it as onnxruntime's, and half as far again. What fails is left out, with the reason.
+    far from it as onnxruntime's, and as far again, by the mean square of all logits: rounding the last bit of
+    an embedding changes that by 0.6 to 1.7 (benchmarks/LOG.md), and a mistake makes it tens of times as
+    large. What fails is left out, with the reason.
     """
     if not kernels.available():
         return {}, None
@@ -280,15 +282,21 @@ def _fused_graphs(
             write_graph(copy, fused[name])
     if not fused:
         return {}, None
-    theirs = _verified(paths, checkpoint, form, caches, float("inf")).largest_difference
+    theirs = _verified(paths, checkpoint, form, caches, float("inf")).typical_difference
     reason = None
     try:
         ours = _verified(paths | fused, checkpoint, form, caches, float("inf"))
         allowed = FUSED_TOLERANCE * theirs + verify.TOLERANCE * max(1.0, *(c.magnitude for c in ours.cases))
-        facts = {"largest_difference": ours.largest_difference, "allowed": allowed, "cases": len(ours.cases)}
-        if ours.largest_difference <= allowed:
+        found = ours.typical_difference
+        facts = {
+            "typical_difference": found,
+            "largest_difference": ours.largest_difference,
+            "allowed": allowed,
+            "cases": len(ours.cases),
+        }
+        if found <= allowed:
             return fused, facts
-        reason = f"they differ from torch by {ours.largest_difference:.3g}, and {allowed:.3g} is allowed"
+        reason = f"they differ from torch by {found:.3g}, and {allowed:.3g} is allowed"
     except Exception as error:  # onnxruntime raises dozens of kinds
         reason = _first_line(error)
     for path in fused.values():

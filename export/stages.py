@@ -16,7 +16,16 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from gemini.export.fusions.patterns import CONTRIB, dims, first_input, only_user, produced_by, replace
+from gemini.export.fusions.patterns import (
+    CONTRIB,
+    constant,
+    dims,
+    first_input,
+    insert,
+    only_user,
+    produced_by,
+    replace,
+)
 
 DOMAIN = "gemini"
 BLOCKS = (32, 64, 128, 256)  # that the kernels know
@@ -42,11 +51,11 @@ class Stage:
     writes: tuple[ir.Value | None, ...]
     constants: tuple[ir.Value | None, ...] = ()
     sizes: tuple[int, ...] = ()  # last dimension of what is read and written, if the stage says it
-    packing: tuple[int, ...] = ()  # bits and block size of a product; the first five numbers of an attention
+    packing: tuple[int, ...] = ()  # bits and block size of a product; the first six numbers of an attention
     epsilon: float = 0.0
     tensors: tuple[ir.Value | None, ...] = ()  # other inputs of an attention: past, tables, scales, lengths
     present: tuple[ir.Value, ...] = ()  # keys and values with the new ones
-    factors: tuple[float, ...] = ()  # scale and softcap
+    factors: tuple[float, ...] = ()  # scale, softcap, factor of cosines and sines
 
 
 def known_shapes(model: ir.Model) -> dict[str, Dims]:
@@ -62,6 +71,7 @@ def fuse_stages(model: ir.Model, shapes: Shapes) -> ir.Model | None:
     """
     copy = ir.from_proto(ir.to_proto(model))
     graph = copy.graph
+    _gather_halves(graph)
     widths = {value: width for value in _activations(graph) if (width := _last(shapes.get(value.name or "")))}
     found = _stages(graph, widths, shapes)
     groups = [stages for stages in _groups(graph, found) if any(s.kind == PRODUCT for s in stages)]
@@ -88,6 +98,30 @@ def _keep_in_halves(graph: ir.Graph, attentions: Sequence[Stage]) -> None:
     for value in (*past, *(value for stage in attentions for value in stage.present)):
         if value.dtype == ir.DataType.FLOAT:
             value.type = ir.TensorType(ir.DataType.FLOAT16)
+
+
+def _gather_halves(graph: ir.Graph) -> None:
+    """Let rows of an embedding be looked up with the scales as they are stored, float16, and be cast then.
+
+    Otherwise onnxruntime casts all scales at load and keeps them a second time: 3.5 MB of 49 thousand
+    tokens. The rows are rounded to float16, off by a two-thousandth where 8 bits are off by a 250th.
+    """
+    for node in list(graph):
+        if node.op_type != "GatherBlockQuantized" or node.domain != CONTRIB:
+            continue
+        data, indices, scales, *zeros = node.inputs
+        stored, rows = _stored(scales), node.outputs[0]
+        if stored is scales or stored is None or stored.dtype != ir.DataType.FLOAT16:
+            continue
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        gathered = insert(node, node.op_type, [data, indices, stored, *zeros], attributes, [rows], CONTRIB)
+        halves = gathered.outputs[0]
+        halves.type = ir.TensorType(ir.DataType.FLOAT16)
+        (floats,) = insert(node, "Cast", [halves], {"to": ir.DataType.FLOAT}, [rows]).outputs
+        name, rows.name = rows.name, None
+        replace(rows, floats)
+        floats.name = name  # shapes are known by name
+        graph.remove(node, safe=True)
 
 
 def _activations(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -149,10 +183,16 @@ def _norm(node: ir.Node) -> Stage | None:
     activations = [value for value in reads if value is not None and not _is_constant(value)]
     if len(activations) != 1 + skips or not all(_is_vector(value) for value in (gain, bias) if value):
         return None
-    assert gain is not None and gain.const_value is not None
+    assert gain is not None
     number = 1e-5 if epsilon is None else epsilon.as_float()
-    kind, size = CENTRED_NORM if centred else NORM, int(gain.const_value.size)
-    return Stage(kind, (node,), tuple(activations), writes, (gain, bias), (size,), epsilon=number)
+    kind = CENTRED_NORM if centred else NORM
+    return Stage(kind, (node,), tuple(activations), writes, (gain, bias), (_size(gain),), epsilon=number)
+
+
+def _size(value: ir.Value) -> int:
+    """How many numbers a constant has."""
+    assert value.const_value is not None
+    return int(value.const_value.size)
 
 
 def _is_vector(value: ir.Value) -> bool:
@@ -241,18 +281,54 @@ def _attention(node: ir.Node, found: Mapping[ir.Node, Stage], shapes: Shapes) ->
         name: node.attributes[name].as_float() for name in ("scale", "softcap") if name in node.attributes
     }
     rotary = number.get("do_rotary", 0) * (1 + number.get("rotary_interleaved", 0))
-    others = [inputs.get(i) for i in (*_PAST, *(_TABLES if rotary else (-1, -1)), *_SCALES)]
+    tables = [inputs.get(i) if rotary else None for i in _TABLES]
+    frequencies, turned = _frequencies(*tables) or (None, 1.0)
+    if frequencies is not None:
+        tables = [frequencies, None]
+    others = [*(inputs.get(i) for i in _PAST), *tables, *(inputs.get(i) for i in _SCALES)]
     return Stage(
         ATTENTION,
         (node,),
         (packed,),
         tuple(node.outputs[:1]),
         sizes=((heads + 2 * kv_heads) * dim, heads * dim),
-        packing=(heads, kv_heads, dim, rotary, max(0, number.get("local_window_size", 0))),
+        packing=(
+            heads,
+            kv_heads,
+            dim,
+            rotary,
+            max(0, number.get("local_window_size", 0)),
+            0 if frequencies is None else _size(frequencies),
+        ),
         tensors=(*others, *(inputs[i] for i in _LENGTHS)),
         present=tuple(node.outputs[1:3]),
-        factors=(factor.get("scale", 0.0) or dim**-0.5, factor.get("softcap", 0.0)),
+        factors=(factor.get("scale", 0.0) or dim**-0.5, factor.get("softcap", 0.0), turned),
     )
+
+
+def _frequencies(cos: ir.Value | None, sin: ir.Value | None) -> tuple[ir.Value, float] | None:
+    """What `compute_rotary_tables` made the tables of, constant frequencies and a factor, if it made them.
+
+    The kernels turn the positions of a call by them; whole tables would be in memory for every position that
+    the model knows, 67 MB with 131 thousand of them.
+    """
+    found = []
+    for table, op_type in ((cos, "Cos"), (sin, "Sin")):
+        scaled = produced_by(table, "Mul")
+        factor = None if scaled is None else constant(scaled.inputs[1])
+        node = produced_by(table if scaled is None else scaled.inputs[0], op_type)
+        angle = produced_by(None if node is None else node.inputs[0], "Mul")
+        if angle is None or (scaled is not None and (factor is None or factor.size != 1)):
+            return None
+        column = produced_by(angle.inputs[0], "Unsqueeze")
+        positions = produced_by(None if column is None else column.inputs[0], "Range")
+        if positions is None or [constant(value) for value in positions.inputs[::2]] != [0, 1]:
+            return None
+        found.append((angle.inputs[1], 1.0 if factor is None else float(factor.item())))
+    frequencies, factor_of_both = found[0]
+    if found[0] != found[1] or frequencies is None or not _is_constant(frequencies):
+        return None
+    return frequencies, factor_of_both
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:

@@ -43,7 +43,8 @@ GREEDY = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: largest absolute difference of logits, the largest logit for scale, what is allowed."""
+    """One comparison: largest absolute difference of logits, the largest logit for scale, what is allowed,
+    and the root of the mean square of all differences."""
 
     name: str
     batch: int
@@ -52,6 +53,7 @@ class Case:
     difference: float
     magnitude: float
     tolerance: float
+    typical: float
 
     @property
     def passed(self) -> bool:
@@ -71,6 +73,11 @@ class Verification:
     def largest_difference(self) -> float:
         return max((case.difference for case in self.cases), default=0.0)
 
+    @property
+    def typical_difference(self) -> float:
+        """The root of the mean square of differences, every case as much as the others."""
+        return float(np.sqrt(np.mean([case.typical**2 for case in self.cases])))
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "largest_difference": self.largest_difference}
 
@@ -85,7 +92,8 @@ class Verification:
         """Add a case; VerificationError if it is out of its tolerance and of that of all cases."""
         difference = float(np.abs(actual - expected).max())
         allowed = max(tolerance, self.tolerance)
-        case = Case(name, *shape, difference, float(np.abs(expected).max()), allowed)
+        typical = float(np.sqrt(np.mean(np.square(actual - expected, dtype=np.float64))))
+        case = Case(name, *shape, difference, float(np.abs(expected).max()), allowed, typical)
         self.cases.append(case)
         if not case.passed:
             raise VerificationError(

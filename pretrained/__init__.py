@@ -1,6 +1,5 @@
 """What this project trained itself: a folder a model, with its checkpoint and its bundle."""
 
-from importlib.resources import files
 from pathlib import Path
 
 SHIPPED = ("gemini-nano",)
@@ -8,4 +7,4 @@ SHIPPED = ("gemini-nano",)
 
 def shipped_bundle(name: str) -> Path:
     """The folder of the bundle that comes with the package; an installation may have left it out."""
-    return Path(str(files("gemini.pretrained") / name / "bundle"))
+    return Path(__file__).parent / name / "bundle"

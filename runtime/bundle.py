@@ -6,9 +6,9 @@ bundle = read_bundle("out/")          # BundleError with cause and remedy, or a 
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from gemini.errors import BundleError
+from gemini.runtime.background import Background
 from gemini.runtime.external_data import check_external_data
 from gemini.runtime.fields import damaged
 from gemini.runtime.manifest import MAX_MANIFEST_BYTES, parse_manifest, seal
@@ -25,6 +26,7 @@ __all__ = ["Bundle", "file_digest", "hashed_meanwhile", "read_bundle", "safe_mem
 
 MANIFEST_NAME = "manifest.json"
 _MAX_TEXT_BYTES = 256 << 20
+_PIECE = 4 << 20
 _WEIGHTS = ".onnx.data"
 _COMPANIONS = {
     "decoder": "tokenizer.json",
@@ -59,11 +61,13 @@ class Bundle:
 
     def graph(self, key: str, half: bool = False, fused: bool = False) -> Path:
         """The path of the graph ``key`` ("decoder", "encoder" or "vision"), of that in half precision, or of
-        that for the runtime's own kernels.
+        that for the runtime's own kernels; BundleError if it would open a file that is not listed.
         """
         manifest = self.manifest
         graphs = manifest.fused_graphs if fused else manifest.half_graphs if half else manifest.graphs
-        return self.file(graphs[key])
+        path = self.file(graphs[key])
+        _check_graph(path, graphs[key], manifest)
+        return path
 
     def text(self, name: str) -> str:
         """The UTF-8 text of a listed file."""
@@ -86,7 +90,13 @@ def read_bundle(path: str | Path, verify: bool = True) -> Bundle:
     ``verify=False`` skips only the hashing of the files; paths, sizes and the manifest's digest are still
     checked.
     """
-    return _read(path, lambda name: verify)
+    bundle = _read(path, lambda name: verify)
+    manifest = bundle.manifest
+    _check_runtime(manifest.requires_onnxruntime)
+    for graphs in (manifest.graphs, manifest.half_graphs, manifest.fused_graphs):
+        for name in graphs.values():
+            _check_graph(bundle.file(name), name, manifest)
+    return bundle
 
 
 def _read(path: str | Path, hashed: Callable[[str], bool]) -> Bundle:
@@ -107,46 +117,37 @@ def _read(path: str | Path, hashed: Callable[[str], bool]) -> Bundle:
     companion = _COMPANIONS[manifest.family]
     if companion not in manifest.files:
         raise damaged(f"{companion} is not listed in the manifest")
-    _check_runtime(manifest.requires_onnxruntime)
     for name, entry in manifest.files.items():
         file = _regular(root, name)
         if _size(file, name) != entry.size:
             raise damaged(f"{name} has {_size(file, name)} bytes instead of {entry.size}")
     _check_digests(root, manifest, filter(hashed, manifest.files))
-    variants = (manifest.graphs, manifest.half_graphs, manifest.fused_graphs)
-    for name in (name for graphs in variants for name in graphs.values()):
-        try:
-            check_external_data(safe_member(root, name), name, frozenset(manifest.files))
-        except OSError as error:
-            raise damaged(f"{name} cannot be read ({error.strerror})") from error
     return Bundle(root, manifest)
 
 
 @contextmanager
 def hashed_meanwhile(path: str | Path, verify: bool = True) -> Iterator[Bundle]:
-    """A bundle to load while its weights are hashed in another thread; all other files are hashed before.
+    """A bundle to load while its weights are hashed in another thread; all other files are hashed before, and
+    graphs are looked into when they are asked for (:meth:`Bundle.graph`).
 
     To whoever loads them weights are numbers, whatever they are. When the block ends all files are known to
     be whole: BundleError if one is not, in place of any other error of the block.
     """
     bundle = _read(path, lambda name: verify and not name.endswith(_WEIGHTS))
     weights = [name for name in bundle.manifest.files if verify and name.endswith(_WEIGHTS)]
-    problems: list[BundleError] = []
-
-    def check() -> None:
+    with Background(lambda: _check_digests(bundle.path, bundle.manifest, weights)) as hashing:
         try:
-            _check_digests(bundle.path, bundle.manifest, weights)
-        except BundleError as error:
-            problems.append(error)
+            _check_runtime(bundle.manifest.requires_onnxruntime)
+            yield bundle
+        finally:
+            hashing.result()
 
-    thread = threading.Thread(target=check)
-    thread.start()
+
+def _check_graph(path: Path, name: str, manifest: Manifest) -> None:
     try:
-        yield bundle
-    finally:
-        thread.join()
-        if problems:
-            raise problems[0]
+        check_external_data(path, name, frozenset(manifest.files))
+    except OSError as error:
+        raise damaged(f"{name} cannot be read ({error.strerror})") from error
 
 
 def _check_digests(root: Path, manifest: Manifest, names: Iterable[str]) -> None:
@@ -182,9 +183,14 @@ def file_digest(path: str | Path) -> str:
     """The sha256 of a file as 64 hexadecimal digits, read in pieces; BundleError if it cannot be read."""
     import hashlib
 
+    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open(path, "rb", buffering=0) as file:
+            # After a piece the interpreter's lock is waited for, 5 ms if somebody else works: few pieces.
+            piece = memoryview(bytearray(min(_PIECE, os.fstat(file.fileno()).st_size) or 1))
+            while size := file.readinto(piece):
+                digest.update(piece[:size])
+            return digest.hexdigest()
     except OSError as error:
         raise damaged(f"{Path(path).name} cannot be read ({error.strerror})") from error
 

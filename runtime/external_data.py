@@ -24,11 +24,12 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "Tensor": {13: "Entry"},
 }
 _FIXED = {1: 8, 5: 4}
+_KEY = b"location"  # of an entry that makes a tensor external
 
 
 def external_locations(graph: bytes) -> set[str]:
     """All ``location`` values of external tensors in a serialized ModelProto; BundleError if malformed."""
-    values = (value for tensor in _external_tensors(graph) for key, value in tensor if key == b"location")
+    values = (value for tensor in _external_tensors(graph) for key, value in tensor if key == _KEY)
     try:
         return {value.decode("utf-8") for value in values}
     except UnicodeDecodeError as error:
@@ -38,7 +39,7 @@ def external_locations(graph: bytes) -> set[str]:
 def external_bytes(graph: bytes) -> int:
     """Bytes of a graph's external tensors, those that lie in one place once."""
     tensors = (dict(tensor) for tensor in _external_tensors(graph))
-    places = {(t.get(b"location"), t.get(b"offset", b"0"), t.get(b"length", b"0")) for t in tensors}
+    places = {(t.get(_KEY), t.get(b"offset", b"0"), t.get(b"length", b"0")) for t in tensors}
     return sum(int(length) for _, _, length in places if length.isdigit())
 
 
@@ -53,6 +54,8 @@ def _external_tensors(graph: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
             if child == "Entry":
                 texts = {field: graph[i:j] for field, i, j in _length_delimited(graph, low, high)}
                 entries.append((texts.get(1, b""), texts.get(2, b"")))
+            elif child == "Node" and graph.find(_KEY, low, high) < 0:
+                pass  # most have no tensor
             elif child is not None:
                 pending.append((child, low, high))
         if entries:
@@ -72,16 +75,24 @@ def _length_delimited(data: bytes, start: int, end: int) -> Iterator[tuple[int, 
     """(field number, first byte, end) of each length-delimited field of the message data[start:end]."""
     position = start
     while position < end:
-        key, position = _varint(data, position, end)
+        key = data[position]
+        if key < 128:  # nearly always; a call costs more than the rest
+            position += 1
+        else:
+            key, position = _varint(data, position, end)
         wire = key & 7
-        if wire == 0:
-            _, position = _varint(data, position, end)
-        elif wire == 2:
-            size, position = _varint(data, position, end)
-            if size > end - position:
+        if wire == 2:
+            if position < end and data[position] < 128:
+                first = position + 1
+                position = first + data[position]
+            else:
+                size, first = _varint(data, position, end)
+                position = first + size
+            if position > end:
                 raise damaged("a graph file ends inside a field")
-            yield key >> 3, position, position + size
-            position += size
+            yield key >> 3, first, position
+        elif wire == 0:
+            _, position = _varint(data, position, end)
         elif wire in _FIXED and position + _FIXED[wire] <= end:
             position += _FIXED[wire]
         else:

@@ -6,16 +6,17 @@ for row, token in token_events(inference, prompts, options, eos, limit): ...
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemini.errors import RequestError
-from gemini.runtime.beams import beam_search
 from gemini.runtime.options import DEFAULT_NEW_TOKENS, GenerationOptions
 from gemini.runtime.sampling import Sampler
-from gemini.runtime.speculate import Extensible, Speculator, speculative_events
+
+if TYPE_CHECKING:
+    from gemini.runtime.speculate import Speculator
 
 Prompts = Sequence[Sequence[int]]
 OnToken = Callable[[int, int], "bool | None"]
@@ -69,6 +70,8 @@ def token_events(
     ``options.ignore_eos``, or after ``limit`` tokens. Returns why each row ended: "eos", "stop" or "length".
     """
     if speculator is not None:
+        from gemini.runtime.speculate import Extensible, speculative_events
+
         assert isinstance(inference, Extensible) and len(prompts) == 1
         return (yield from speculative_events(inference, prompts[0], options, eos, limit, speculator))
     logits = inference.prefill(prompts)
@@ -109,6 +112,8 @@ def generate_tokens(
     A search with beams hands its tokens on once it is over.
     """
     if options.searches:
+        from gemini.runtime.beams import beam_search
+
         try:
             found, reasons = beam_search(inference, prompts, options, eos, limit)
         finally:

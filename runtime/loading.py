@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-from gemini.runtime import kernels
-from gemini.runtime.bundle import Bundle, hashed_meanwhile
-from gemini.runtime.encoder import Embedder, TextClassifier
-from gemini.runtime.hugepages import trim_heap
-from gemini.runtime.seq2seq import Seq2SeqGenerator
-from gemini.runtime.session import open_graph
-from gemini.runtime.text import TextGenerator
-from gemini.runtime.tokenizer import TextTokenizer
-from gemini.runtime.vision import ImageClassifier
+from gemini.runtime.background import Background
 
-_LEAD = 0.03  # seconds that onnxruntime needs to let go of the interpreter's lock
+if TYPE_CHECKING:
+    from gemini.runtime.bundle import Bundle
+    from gemini.runtime.encoder import Embedder, TextClassifier
+    from gemini.runtime.seq2seq import Seq2SeqGenerator
+    from gemini.runtime.session import Graph
+    from gemini.runtime.text import TextGenerator
+    from gemini.runtime.tokenizer import TextTokenizer
+    from gemini.runtime.vision import ImageClassifier
 
-Session = TextGenerator | Embedder | TextClassifier | ImageClassifier | Seq2SeqGenerator
+Session: TypeAlias = "TextGenerator | Embedder | TextClassifier | ImageClassifier | Seq2SeqGenerator"
 
-_OF_TEXT: dict[str, type[TextGenerator] | type[Embedder] | type[TextClassifier]] = {
-    "text-generation": TextGenerator,
-    "feature-extraction": Embedder,
-    "text-classification": TextClassifier,
-}
+# The module of each family's sessions: imported once the family is known.
+_MODULES = {"decoder": "text", "encoder": "encoder", "vision": "vision", "encoder-decoder": "seq2seq"}
+_LEAD = 0.005  # seconds in which onnxruntime lets go of the interpreter's lock
 
 
 def load(
@@ -41,33 +40,52 @@ def load(
     allow; ``verify=False`` skips hashing the files (paths, sizes and the manifest are always checked);
     ``spinning=False`` trades speed for idle cores between operators. Raises BundleError or DeviceError.
     """
-    # onnxruntime opens graphs without the interpreter's lock: the tokenizer is read, and weights are hashed,
-    # on the other cores meanwhile.
-    with hashed_meanwhile(bundle, verify) as opened, ThreadPoolExecutor(1) as reading:
-        manifest = opened.manifest
-        soon = not (manifest.fused_graphs and kernels.wanted())
-        tokenizer = None if manifest.family == "vision" else reading.submit(_tokenizer, opened, soon)
-        if tokenizer and not soon:
-            tokenizer.result()
-        graphs = {name: open_graph(opened, name, device, threads, spinning) for name in manifest.graphs}
-        words = tokenizer.result() if tokenizer else None
+    from gemini.runtime.bundle import hashed_meanwhile
+
+    # Weights are hashed while onnxruntime is imported, and graphs are opened while the tokenizer is read and
+    # the session's modules are imported: each takes 0.1 to 0.2 s, and the first of each pair needs no Python.
+    with hashed_meanwhile(bundle, verify) as opened:
+        from gemini.runtime.hugepages import trim_heap
+        from gemini.runtime.session import open_graph
+
+        family = opened.manifest.family
+
+        def graphs() -> dict[str, Graph]:
+            return {
+                name: open_graph(opened, name, device, threads, spinning) for name in opened.manifest.graphs
+            }
+
+        with Background(graphs) as opening:
+            import_module(f"gemini.runtime.{_MODULES[family]}")
+            tokenizer = None if family == "vision" else _tokenizer(opened)
+            session = _session(opened, opening.result(), tokenizer)
         trim_heap()
-        if words is None:
-            return ImageClassifier(opened, graphs["vision"])
-        if manifest.family == "encoder-decoder":
-            return Seq2SeqGenerator(opened, graphs, words)
-        return _OF_TEXT[manifest.task](opened, graphs[manifest.family], words)
+        return session
 
 
-def _tokenizer(bundle: Bundle, soon: bool) -> TextTokenizer:
-    """The tokenizer; ``soon``: once onnxruntime is at work.
+def _tokenizer(bundle: Bundle) -> TextTokenizer:
+    """Its parser keeps the interpreter's lock for as long as it takes, so onnxruntime has to begin before."""
+    from gemini.runtime.tokenizer import TextTokenizer
 
-    Its parser keeps the interpreter's lock for as long as it takes: 0.2 s with 49 thousand tokens. If it
-    began first, opening a graph would have to wait for it. The own kernels open a graph in half that time, so
-    there it does begin first, and the 30 MB that it has no use for afterwards do not come on top of weights.
-    """
-    if soon:
-        time.sleep(_LEAD)
-    tokenizer = TextTokenizer.read(bundle)
-    trim_heap()
-    return tokenizer
+    time.sleep(_LEAD)
+    return TextTokenizer.read(bundle)
+
+
+def _session(bundle: Bundle, graphs: Mapping[str, Graph], tokenizer: TextTokenizer | None) -> Session:
+    family, task = bundle.manifest.family, bundle.manifest.task
+    if tokenizer is None:
+        from gemini.runtime.vision import ImageClassifier
+
+        return ImageClassifier(bundle, graphs[family])
+    if family == "encoder-decoder":
+        from gemini.runtime.seq2seq import Seq2SeqGenerator
+
+        return Seq2SeqGenerator(bundle, graphs, tokenizer)
+    if family == "decoder":
+        from gemini.runtime.text import TextGenerator
+
+        return TextGenerator(bundle, graphs[family], tokenizer)
+    from gemini.runtime.encoder import Embedder, TextClassifier
+
+    kind = Embedder if task == "feature-extraction" else TextClassifier
+    return kind(bundle, graphs[family], tokenizer)

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 from gemini.errors import RequestError
 
 DEFAULT_NEW_TOKENS = 128
+CAPTION_BEAMS = 4  # names are short, and what begins likely is often not what is likely
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 

@@ -95,15 +95,17 @@ def filter_logits(logits: Floats, options: GenerationOptions) -> Floats:
     return keep_min_p(filtered, options.min_p)
 
 
+def streams(seed: int | None, rows: int) -> list[np.random.Generator]:
+    """A source of random numbers a row; numpy's module for them is loaded only where something is drawn."""
+    return [np.random.default_rng(None if seed is None else seed + row) for row in range(rows)]
+
+
 class Sampler:
     """Chooses one token a row and remembers what the repetition penalty has to know."""
 
     def __init__(self, options: GenerationOptions, prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
         self.options = options
-        self._streams = [
-            np.random.default_rng(None if options.seed is None else options.seed + row)
-            for row in range(len(prompts))
-        ]
+        self._streams = [] if options.greedy else streams(options.seed, len(prompts))
         self._seen: NDArray[np.bool_] | None = None
         if options.repetition_penalty != 1.0:
             self._seen = np.zeros((len(prompts), vocab_size), bool)

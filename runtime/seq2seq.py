@@ -22,7 +22,6 @@ from gemini.errors import RequestError
 from gemini.runtime import kv
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.checks import check_encoder, check_graph, checked_rows, cross_names
-from gemini.runtime.constrain import Constrained, Grammar, read_vocabulary
 from gemini.runtime.decoder import Decoder, LiveDecoders
 from gemini.runtime.encoder import BATCH, Label, check_texts, ranked
 from gemini.runtime.fields import damaged
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 TEXT = "text2text-generation"  # the task whose prefix a prompt gets
-CAPTION_BEAMS = 4  # names are short, and what begins likely is often not what is likely
 CAPTION = "image-to-text"  # the task whose prefix an image without text gets
 CLASSIFICATION = "text-classification"  # the task whose prefix a text to classify gets
 
@@ -242,10 +240,16 @@ class Seq2SeqGenerator:
 
     def _constrained(self, decoder: Decoder, options: GenerationOptions) -> Inference:
         """The batch behind the grammar that the options ask for."""
-        return Constrained(decoder, Grammar(self._vocabulary, options)) if options.constrained else decoder
+        if not options.constrained:
+            return decoder
+        from gemini.runtime.constrain import Constrained, Grammar
+
+        return Constrained(decoder, Grammar(self._vocabulary, options))
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
+        from gemini.runtime.constrain import read_vocabulary
+
         return read_vocabulary(self.tokenizer, self.model.decoder.vocab_size, self.eos)
 
     def _starts(self, count: int, options: GenerationOptions) -> list[list[int]]:

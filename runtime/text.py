@@ -21,25 +21,23 @@ from gemini.runtime import chat as chats
 from gemini.runtime import prefixes
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.checks import cache_dtype, check_graph, checked_rows
-from gemini.runtime.constrain import Constrained, Grammar, read_vocabulary
 from gemini.runtime.decoder import Decoder, LiveDecoders
-from gemini.runtime.draft_model import ModelDrafter
 from gemini.runtime.fields import damaged
 from gemini.runtime.generate import Inference, OnToken, generate_tokens, new_token_limit
-from gemini.runtime.lookup import LookupDrafter
 from gemini.runtime.options import GenerationOptions, OptionArgs, make_options
 from gemini.runtime.pace import StepCosts
 from gemini.runtime.prefixes import PrefixCache
 from gemini.runtime.schema import DecoderModel
 from gemini.runtime.scoring import all_logits
 from gemini.runtime.session import Graph
-from gemini.runtime.speculate import Drafter, Speculator
 from gemini.runtime.tokenizer import TextTokenizer
 from gemini.runtime.transcript import Generation, Transcript, pieces
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from llguidance import LLTokenizer
+
+    from gemini.runtime.speculate import Drafter, Speculator
 
 Prompt = str | Sequence[str] | chats.Messages
 Speculate: TypeAlias = "Literal['lookup'] | TextGenerator | None"
@@ -138,6 +136,10 @@ class TextGenerator:
             raise RequestError(
                 "Speculation follows a single row.", "Give one prompt and no beams, or leave speculate out."
             )
+        from gemini.runtime.draft_model import ModelDrafter
+        from gemini.runtime.lookup import LookupDrafter
+        from gemini.runtime.speculate import Speculator
+
         drafter: Drafter
         if isinstance(speculate, TextGenerator):
             self._check_draft(speculate)
@@ -255,10 +257,16 @@ class TextGenerator:
     def _inference(self, options: GenerationOptions, new_tokens: int) -> Inference:
         """A fresh batch, behind the grammar that the options ask for."""
         decoder = self.decoder(new_tokens)
-        return Constrained(decoder, Grammar(self._vocabulary, options)) if options.constrained else decoder
+        if not options.constrained:
+            return decoder
+        from gemini.runtime.constrain import Constrained, Grammar
+
+        return Constrained(decoder, Grammar(self._vocabulary, options))
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
+        from gemini.runtime.constrain import read_vocabulary
+
         return read_vocabulary(self.tokenizer, self.model.vocab_size, self.eos)
 
     def _options(self, given: OptionArgs | Mapping[str, Any]) -> GenerationOptions:

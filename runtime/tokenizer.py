@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
+from tokenizers.models import BPE
 
 from gemini.errors import RequestError
 from gemini.runtime.bundle import Bundle
 from gemini.runtime.fields import damaged
 
 TOKENIZER_NAME = "tokenizer.json"
+VOCABULARY_NAME, MERGES_NAME = "vocab.json", "merges.txt"
+# Fields of a byte-pair encoding beside its vocabulary and merges.
+_FIELDS = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "byte_fallback",
+    "ignore_merges",
+)
 _PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>")
 
 
@@ -24,6 +38,19 @@ class TokenBatch:
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
     token_type_ids: NDArray[np.int64]
+
+
+def with_merges(text: str, vocabulary: Path, merges: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json whose byte-pair encoding lies in two files of its own.
+
+    The library reads these in less time than from within the JSON, and with 2 instead of 28 MB that it has no
+    use for afterwards (49 thousand tokens). Any Exception if they do not fit together.
+    """
+    fields = json.loads(text)["model"]
+    known = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.model = BPE.from_file(str(vocabulary), str(merges), **known)
+    return tokenizer
 
 
 class TextTokenizer:
@@ -41,8 +68,9 @@ class TextTokenizer:
     def read(cls, bundle: Bundle) -> TextTokenizer:
         """The tokenizer of a bundle; BundleError if the file is not one."""
         text = bundle.text(TOKENIZER_NAME)
+        apart = [bundle.file(name) for name in (VOCABULARY_NAME, MERGES_NAME) if bundle.has(name)]
         try:
-            return cls(Tokenizer.from_str(text))
+            return cls(with_merges(text, *apart) if apart else Tokenizer.from_str(text))
         except Exception as error:  # tokenizers raises plain Exception
             raise damaged(f"{TOKENIZER_NAME} is not a tokenizer") from error
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gemini.runtime.generate import Inference, Prompts, token_events
 from gemini.runtime.options import GenerationOptions
-from gemini.runtime.speculate import Speculation, Speculator
 from gemini.runtime.streaming import TextStream
 from gemini.runtime.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from gemini.runtime.speculate import Speculation, Speculator
 
 
 @dataclass(frozen=True)

@@ -116,12 +116,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             f"The bundle's task is {session.bundle.manifest.task}, which is not drafted for.",
             "Leave --speculate out.",
         )
-    if isinstance(session, runtime.Seq2SeqGenerator):
-        if given[0] == "text" and session.bundle.manifest.generation.label_ids:
-            return _classify(session, texts)
-        _require(given[0], session.bundle.manifest.task, "prompt", "image", "stdin")
-        return _answer(session, texts[0] if texts else None, args)
-    if asked:
+    if asked and session.bundle.manifest.family != "encoder-decoder":
         raise UsageError(
             f"The bundle's task is {session.bundle.manifest.task}, which takes one input.",
             "Give --prompt or --image.",
@@ -129,6 +124,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if isinstance(session, runtime.TextGenerator):
         _require(given[0], "text-generation", "prompt", "stdin")
         return _generate(session, texts[0], args)
+    if isinstance(session, runtime.Seq2SeqGenerator):
+        if given[0] == "text" and session.bundle.manifest.generation.label_ids:
+            return _classify(session, texts)
+        _require(given[0], session.bundle.manifest.task, "prompt", "image", "stdin")
+        return _answer(session, texts[0] if texts else None, args)
     if isinstance(session, runtime.ImageClassifier):
         _require(given[0], "image-classification", "image")
         return _classify(session, args.image)
@@ -206,7 +206,7 @@ def _answer(session: Seq2SeqGenerator, prompt: str | None, args: argparse.Namesp
     images: list[str] = args.image or []
     prompt = session.prefixed(prompt) if prompt is not None and not images else prompt
     result = {"task": session.bundle.manifest.task, "prompt": prompt, "images": images}
-    from gemini.runtime.seq2seq import CAPTION_BEAMS
+    from gemini.runtime.options import CAPTION_BEAMS
 
     options = _options(args)
     sampling = ("temperature", "top_k", "top_p", "min_p", "seed")

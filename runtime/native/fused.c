@@ -13,13 +13,16 @@
  *            for a product its place in `weights`, for a norm the inputs that hold its gain and bias (-1: none)
  *   weights  (products, 8): inputs that hold codes, scales, zero points, bias (-1: none), K, N, bits, block size
  *   epsilons (stages): of norms
- *   attentions (attentions, 11): heads, heads of keys, a head's size, rotary (0 none, 1 halves, 2 pairs), window (0
- *            none), inputs that hold past keys and values, cosines and sines (-1: none), scales of codes (-1: none)
- *   factors  (attentions, 2): scale of scores, what they are capped at (0: nothing)
+ *   attentions (attentions, 12): heads, heads of keys, a head's size, rotary (0 none, 1 halves, 2 pairs), window (0
+ *            none), how many frequencies (0: tables), inputs that hold past keys and values, cosines and sines or
+ *            frequencies (-1: none), scales of codes (-1: none)
+ *   factors  (attentions, 3): scale of scores, what they are capped at (0: nothing), what cosines and sines of
+ *            positions times frequencies are times
  *   lengths  inputs that hold seqlens_k and total_sequence_length, as GroupQueryAttention has them
  * The outputs after those of `outputs` are keys and values with the new ones, two an attention. A value that
  * attention reads is queries, keys and values side by side, and is turned in place.
  */
+#include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -37,7 +40,7 @@
 #include "ort.h"
 
 enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, KINDS };
-enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 11, MOST = 4096 };
+enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 12, FACTORS = 3, MOST = 4096 };
 enum { MOST_WIDTH = 1 << 24 }; /* of weights and activations, so that no product of sizes leaves 64 bits */
 enum { MOST_PARTS = 8 };       /* that the keys of one token's attention are shared out in */
 enum { AT_A_TIME = 1 << 17 };  /* bytes, times TILE, of codes that are packed before their pages are let go of */
@@ -66,10 +69,18 @@ typedef struct {
     int stage, rounded; /* the value, for ROUND */
 } Step;
 
+/* Frequencies that positions are turned by (Su et al. 2021), and what cosines and sines are times. */
+typedef struct {
+    const float *frequencies;
+    int half;
+    float factor;
+} Turning;
+
 /* Where an attention finds what it needs. */
 typedef struct {
     Attention shape;
     int past[2], tables[2]; /* inputs: keys and values, cosines and sines */
+    int turning;            /* instead of tables; -1: none */
     const float *scales[2]; /* of codes: keys, values */
     int step[2];            /* 1: a scale a channel, 0: one in all */
 } Keeping;
@@ -81,19 +92,21 @@ typedef struct {
     int *slot, slots, *slot_width;   /* of values that lie in scratch memory; -1: an input or output */
     Stage *stage;
     Weights *weights;
-    void **owned; /* packed weights */
+    uint8_t *packed; /* weights, one behind the other */
     Step *step;
     Phase *phase;
     size_t panel;
     int64_t per_row; /* multiplications */
     int attentions, lengths[2];
     Keeping *keeping;
+    int turnings;
+    Turning *turning;
 } Program;
 
 /* Keys and values of one attention in a run: (batch, heads, capacity, dim). */
 typedef struct {
     uint8_t *kept[2];
-    const float *tables[2];
+    const float *tables[2]; /* a row a position, or a row a token */
     enum Kept kind;
     int half; /* numbers a row of a table has */
     int64_t capacity;
@@ -180,8 +193,8 @@ static void store(const Run *run, const Stage *s, int row) {
     const int batch = row / run->length, position = tokens_before(run, batch) + row % run->length;
     float *x = run->value[s->a] + (size_t)row * run->program->widths[s->a];
     if (a->rotary) {
-        const float *c = cache->tables[0] + (size_t)position * cache->half;
-        const float *t = cache->tables[1] + (size_t)position * cache->half;
+        const size_t line = (size_t)(keeping->turning < 0 ? position : row) * cache->half;
+        const float *c = cache->tables[0] + line, *t = cache->tables[1] + line;
         for (int head = 0; head < a->heads + a->kv_heads; head++)
             rotate(x + head * a->dim, c, t, cache->half, a->rotary == 2);
     }
@@ -196,6 +209,29 @@ static void store(const Run *run, const Stage *s, int row) {
                 round_to_codes(from, keeping->scales[which] + head * a->dim * step, step, a->dim, (int8_t *)to);
             }
         }
+    }
+}
+
+/* Cosines and sines for each row's position: two tables a turning, one behind the other in `room`. */
+static void turn(const Run *run, float *room) {
+    const Program *p = run->program;
+    for (int i = 0; i < p->turnings; i++) {
+        const Turning *t = &p->turning[i];
+        float *const cosines = room, *const sines = room + (size_t)run->rows * t->half;
+        for (int row = 0; row < run->rows; row++) {
+            const float position = (float)(tokens_before(run, row / run->length) + row % run->length);
+            for (int j = 0; j < t->half; j++) {
+                const float angle = position * t->frequencies[j];
+                cosines[(size_t)row * t->half + j] = cosf(angle) * t->factor;
+                sines[(size_t)row * t->half + j] = sinf(angle) * t->factor;
+            }
+        }
+        for (int j = 0; j < p->attentions; j++)
+            if (p->keeping[j].turning == i) {
+                run->caches[j].tables[0] = cosines, run->caches[j].tables[1] = sines;
+                run->caches[j].half = t->half;
+            }
+        room = sines + (size_t)run->rows * t->half;
     }
 }
 
@@ -431,7 +467,7 @@ static Status find_caches(Run *run, void *context) {
                     memcpy((uint8_t *)present + h * capacity * size, (uint8_t *)past + h * behind * size,
                            behind * size);
             cache->kept[which] = present;
-            if (!a->rotary) continue;
+            if (!a->rotary || keeping->turning >= 0) continue;
             void *table;
             if ((status = tensor_of(api, context, keeping->tables[which], dims, 2, &type, &table))) return status;
             if (type != TYPE_FLOAT || dims[0] < longest || dims[1] * 2 > a->dim || (which && dims[1] != cache->half))
@@ -510,6 +546,9 @@ static Status compute(void *kernel, void *context) {
             size += aligned(rows * groups * GROUP) + 2 * aligned(rows * groups * sizeof(float));
         }
     size += many ? aligned(p->panel) * (offered + 1) : 0;
+    size_t turned = 0;
+    for (int i = 0; i < p->turnings; i++) turned += 2 * (size_t)rows * p->turning[i].half;
+    size += aligned(turned * sizeof(float));
     Arena *arena = take_arena(size);
     if (!arena) {
         free(caches);
@@ -523,6 +562,7 @@ static Status compute(void *kernel, void *context) {
     run.pieces = (int *)TAKE(sizeof(int) * p->phases);
     run.largest = (float *)TAKE(heads * sizeof(float)), run.sums = (float *)TAKE(heads * sizeof(float));
     run.totals = (float *)TAKE(head_numbers * sizeof(float));
+    turn(&run, (float *)TAKE(turned * sizeof(float)));
     float *slots[MOST];
     for (int s = 0; s < p->slots; s++) slots[s] = (float *)TAKE(rows * p->slot_width[s] * sizeof(float));
     for (int v = 0; v < p->values; v++) {
@@ -634,13 +674,13 @@ static Files mapped_files(void) {
     return files;
 }
 
-/* Lets go of pages that a constant of a file was read from: nobody writes to constants, so they can be read again.
- * Constants in other memory are left alone. */
+/* Lets go of all pages that a constant of a file was read from: nobody writes to constants, so they can be read
+ * again, and so can what else lies on the first and last of them. Constants in other memory are left alone. */
 static void forget(const Files *files, const void *data, size_t size) {
 #ifdef __linux__
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = (uintptr_t)data;
-    const uintptr_t first = (at + page - 1) / page * page, end = (at + size) / page * page;
-    for (int i = 0; i < files->count && end > first; i++)
+    const uintptr_t first = at / page * page, end = (at + size + page - 1) / page * page;
+    for (int i = 0; i < files->count; i++)
         if (files->range[i][0] <= first && end <= files->range[i][1]) {
             madvise((void *)first, end - first, MADV_DONTNEED);
             return;
@@ -650,9 +690,7 @@ static void forget(const Files *files, const void *data, size_t size) {
 #endif
 }
 
-static Status read_weights(Program *p, const void *info, const int *from, const Files *files, Weights *w,
-                           void **owned) {
-    Api api = p->api;
+static Status read_weights(Api api, const void *info, const int *from, Weights *w) {
     const int k = from[4], n = from[5], bits = from[6], block = from[7];
     if (k < 1 || n < 1 || k > MOST_WIDTH || n > MOST_WIDTH || (bits != 4 && bits != 8) || block < GROUP ||
         block > 1024 || (block & (block - 1)))
@@ -676,40 +714,61 @@ static Status read_weights(Program *p, const void *info, const int *from, const 
         if ((status = constant(api, info, from[3], n, TYPE_FLOAT, TYPE_FLOAT, &data, NULL))) return status;
         w->bias = data;
     }
-    *owned = aligned_alloc(64, aligned(packed_bytes(w)));
-    if (!*owned) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
-    begin_packing(w, *owned);
+    return NULL;
+}
+
+/* Some codes at a time, so that a table of megabytes is not in memory twice. */
+static void pack(Weights *w, const Files *files, void *memory) {
+    begin_packing(w, memory);
+    const size_t all = (size_t)w->n * w->blocks, bytes = row_bytes(w);
     forget(files, w->scales, all * (w->half_scales ? 2 : 4));
-    /* Some codes at a time, so that a table of megabytes is not in memory twice. */
-    const size_t tiles = ((size_t)n + TILE - 1) / TILE, step = (AT_A_TIME + row_bytes(w) - 1) / row_bytes(w);
+    if (w->zeros) forget(files, w->zeros, w->bits == 8 ? all : (size_t)w->n * ((w->blocks + 1) / 2));
+    const size_t tiles = ((size_t)w->n + TILE - 1) / TILE, step = (AT_A_TIME + bytes - 1) / bytes;
     for (size_t tile = 0; tile < tiles; tile += step) {
-        const size_t end = tile + step < tiles ? tile + step : tiles;
-        const size_t row = end * TILE < (size_t)n ? end * TILE : (size_t)n;
+        const size_t end = tile + step < tiles ? tile + step : tiles, first = tile * TILE;
+        const size_t last = end * TILE < (size_t)w->n ? end * TILE : (size_t)w->n;
         pack_codes(w, tile, end);
-        forget(files, w->codes + tile * TILE * row_bytes(w), (row - tile * TILE) * row_bytes(w));
+        forget(files, w->codes + first * bytes, (last - first) * bytes);
     }
     w->codes = NULL, w->scales = NULL, w->zeros = NULL; /* nothing reads them again */
-    return NULL;
+}
+
+/* The place of these frequencies among those of the node; attentions share them. */
+static int turning_of(Program *p, Turning wanted) {
+    for (int i = 0; i < p->turnings; i++) {
+        const Turning *t = &p->turning[i];
+        if (t->frequencies == wanted.frequencies && t->half == wanted.half && t->factor == wanted.factor) return i;
+    }
+    p->turning[p->turnings] = wanted;
+    return p->turnings++;
 }
 
 static Status read_attention(Program *p, const void *info, const int *from, const float *factors, Keeping *to) {
     Api api = p->api;
     Attention *a = &to->shape;
+    const int half = from[5], *const inputs = from + 6;
     *a = (Attention){from[0], from[1], from[2], from[3], from[4], factors[0], factors[1]};
     if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->dim < 8 || a->dim > MOST_DIM || a->dim % 8 ||
-        a->heads > MOST || a->rotary < 0 || a->rotary > 2 || a->window < 0 || from[5] < 0 || from[6] < 0 ||
-        (a->rotary && (from[7] < 0 || from[8] < 0)))
+        a->heads > MOST || a->rotary < 0 || a->rotary > 2 || a->window < 0 || inputs[0] < 0 || inputs[1] < 0 ||
+        half < 0 || half * 2 > a->dim || (a->rotary && (inputs[2] < 0 || (!half && inputs[3] < 0))))
         return refuse(api, "Fused: an attention of these sizes is not known");
+    to->turning = -1;
+    if (a->rotary && half) {
+        const void *frequencies;
+        Status status = constant(api, info, inputs[2], half, TYPE_FLOAT, TYPE_FLOAT, &frequencies, NULL);
+        if (status) return status;
+        to->turning = turning_of(p, (Turning){frequencies, half, factors[2]});
+    }
     for (int which = 0; which < 2; which++) {
-        to->past[which] = from[5 + which], to->tables[which] = from[7 + which];
-        if (from[9 + which] < 0) continue;
+        to->past[which] = inputs[which], to->tables[which] = inputs[2 + which];
+        if (inputs[4 + which] < 0) continue;
         const void *scales;
         const size_t channels = (size_t)a->kv_heads * a->dim;
-        Status status = constant(api, info, from[9 + which], channels, TYPE_FLOAT, TYPE_FLOAT, &scales, NULL);
+        Status status = constant(api, info, inputs[4 + which], channels, TYPE_FLOAT, TYPE_FLOAT, &scales, NULL);
         to->step[which] = 1;
         if (status) {
             ((void (*)(void *))api[RELEASE_STATUS])(status);
-            status = constant(api, info, from[9 + which], 1, TYPE_FLOAT, TYPE_FLOAT, &scales, NULL);
+            status = constant(api, info, inputs[4 + which], 1, TYPE_FLOAT, TYPE_FLOAT, &scales, NULL);
             if (status) return status;
             to->step[which] = 0;
         }
@@ -720,9 +779,9 @@ static Status read_attention(Program *p, const void *info, const int *from, cons
 
 static void destroy(void *kernel) {
     Program *p = kernel;
-    for (int i = 0; p->owned && i < p->products; i++) free(p->owned[i]);
     free(p->widths), free(p->outputs), free(p->rounded), free(p->slot), free(p->slot_width), free(p->stage);
-    free(p->weights), free(p->owned), free(p->step), free(p->phase), free(p->keeping), free(p);
+    free(p->weights), free(p->packed), free(p->step), free(p->phase), free(p->keeping),
+        free(p->turning), free(p);
 }
 
 static int is_value(const Program *p, int v) { return v >= 0 && v < p->values; }
@@ -838,26 +897,27 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if ((status = read_ints(api, info, "attentions", &attentions, &attention_ints))) goto failed;
     if ((status = read_ints(api, info, "lengths", &lengths, &length_ints))) goto failed;
     p->attentions = attention_ints / ATTENTION_INTS;
-    size_t factor_count = 2 * (size_t)p->attentions;
+    size_t factor_count = FACTORS * (size_t)p->attentions;
     factors = calloc(factor_count + 1, sizeof *factors);
     p->keeping = calloc(p->attentions + 1, sizeof *p->keeping);
+    p->turning = calloc(p->attentions + 1, sizeof *p->turning);
     p->stages = stage_ints / STAGE_INTS, p->products = weight_ints / WEIGHT_INTS;
     size_t epsilon_count = p->stages;
     epsilons = calloc(p->stages + 1, sizeof *epsilons);
     p->rounded = calloc(p->values + 1, sizeof(int));
     p->slot = calloc(p->values + 1, sizeof(int)), p->slot_width = calloc(p->values + 1, sizeof(int));
     p->stage = calloc(p->stages + 1, sizeof *p->stage);
-    p->weights = calloc(p->products + 1, sizeof *p->weights), p->owned = calloc(p->products + 1, sizeof(void *));
+    p->weights = calloc(p->products + 1, sizeof *p->weights);
     p->step = calloc(3 * p->stages + 1, sizeof *p->step), p->phase = calloc(3 * p->stages + 1, sizeof *p->phase);
-    if (!factors || !p->keeping || !epsilons || !p->rounded || !p->slot || !p->slot_width || !p->stage ||
-        !p->weights || !p->owned || !p->step || !p->phase) {
+    if (!factors || !p->keeping || !p->turning || !epsilons || !p->rounded || !p->slot || !p->slot_width || !p->stage ||
+        !p->weights || !p->step || !p->phase) {
         status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
         goto failed;
     }
     if ((status = CALL(api, ATTRIBUTE_FLOATS, info, "epsilons", epsilons, &epsilon_count))) goto failed;
     if (p->attentions && (status = CALL(api, ATTRIBUTE_FLOATS, info, "factors", factors, &factor_count))) goto failed;
     status = refuse(api, unfit);
-    if (attention_ints % ATTENTION_INTS || factor_count != 2 * (size_t)p->attentions) goto failed;
+    if (attention_ints % ATTENTION_INTS || factor_count != FACTORS * (size_t)p->attentions) goto failed;
     if (p->attentions && length_ints != 2) goto failed;
     if (p->attentions) memcpy(p->lengths, lengths, sizeof p->lengths);
     if (p->attentions && (lengths[0] < 0 || lengths[1] < 0)) goto failed;
@@ -874,8 +934,8 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if ((status = CALL(api, NODE_OUTPUT_COUNT, info, &node_outputs))) goto failed;
     status = refuse(api, unfit);
     if (node_outputs != (size_t)p->output_count + 2 * p->attentions) goto failed;
-    for (int i = 0; i < attention_ints; i++) /* those from the sixth of each on are inputs */
-        if (i % ATTENTION_INTS >= 5 && attentions[i] >= (int)node_inputs) goto failed;
+    for (int i = 0; i < attention_ints; i++) /* those from the seventh of each on are inputs */
+        if (i % ATTENTION_INTS >= 6 && attentions[i] >= (int)node_inputs) goto failed;
     for (int i = 0; i < length_ints; i++)
         if (lengths[i] >= (int)node_inputs) goto failed;
     /* Values that no stage writes are inputs, and come first. */
@@ -888,19 +948,31 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if (p->inputs < 1 || (size_t)p->inputs > node_inputs) goto failed;
     for (int i = 0; i < p->output_count; i++)
         if (p->outputs[i] < p->inputs) goto failed;
-    files = mapped_files();
+    size_t packed = 0;
     for (int i = 0; i < p->products; i++) {
         ((void (*)(void *))api[RELEASE_STATUS])(status);
-        const int *from = weights + i * WEIGHT_INTS;
-        if ((status = read_weights(p, info, from, &files, &p->weights[i], &p->owned[i]))) goto failed;
+        if ((status = read_weights(api, info, weights + i * WEIGHT_INTS, &p->weights[i]))) goto failed;
+        packed += aligned(packed_bytes(&p->weights[i]));
         const size_t panel = panel_bytes(p->weights[i].k);
         if (panel > p->panel) p->panel = aligned(panel);
         p->per_row += (int64_t)p->weights[i].k * p->weights[i].n;
         status = refuse(api, unfit);
     }
+    if (packed && !(p->packed = aligned_alloc(64, packed))) {
+        ((void (*)(void *))api[RELEASE_STATUS])(status);
+        status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
+        goto failed;
+    }
+    files = mapped_files();
+    packed = 0;
+    for (int i = 0; i < p->products; i++) {
+        pack(&p->weights[i], &files, p->packed + packed);
+        packed += aligned(packed_bytes(&p->weights[i]));
+    }
     for (int i = 0; i < p->attentions; i++) {
         ((void (*)(void *))api[RELEASE_STATUS])(status);
-        if ((status = read_attention(p, info, attentions + i * ATTENTION_INTS, factors + 2 * i, &p->keeping[i])))
+        if ((status = read_attention(p, info, attentions + i * ATTENTION_INTS, factors + FACTORS * i,
+                                     &p->keeping[i])))
             goto failed;
         status = refuse(api, unfit);
     }

@@ -269,13 +269,17 @@ def identity(width):
     return {"qcodes": codes, "qscales": np.ones((width, codes.shape[1]), np.float32)}
 
 
-def attention_model(heads, kv_heads, dim, codes=None, rotary=0, tables=None, **options):
-    """x -> identity product -> GroupQueryAttention -> y; keys and values are float32, or codes."""
+def attention_model(heads, kv_heads, dim, codes=None, rotary=0, tables=None, factor=None, **options):
+    """x -> identity product -> GroupQueryAttention -> y; keys and values are float32, or codes.
+
+    ``factor``: the cosines and sines are computed, times this, as `compute_rotary_tables` writes it.
+    """
     width = (heads + 2 * kv_heads) * dim
     constants = identity(width)
     inputs = ["u", "", "", "past.0.key", "past.0.value", "seqlens_k", "total_sequence_length"]
     if rotary:
-        constants |= dict(zip(("cos", "sin"), tables, strict=True))
+        if factor is None:
+            constants |= dict(zip(("cos", "sin"), tables, strict=True))
         inputs += ["cos", "sin"]
         options |= {"do_rotary": 1, "rotary_interleaved": rotary - 1}
     kind = FLOAT
@@ -287,6 +291,9 @@ def attention_model(heads, kv_heads, dim, codes=None, rotary=0, tables=None, **o
         options |= {"k_quant_type": codes, "v_quant_type": codes, "kv_cache_bit_width": 8}
     outputs = ["y", "present.0.key", "present.0.value"]
     nodes = product(width, width, 8, 32, {n: constants[n] for n in ("qcodes", "qscales")}, "x", "u", "q")
+    if factor is not None:
+        constants |= frequencies_of(dim // 2) | {"factor": np.array(factor, np.float32)}
+        nodes = [*computed_tables(factor), *nodes]
     attention = helper.make_node(
         "GroupQueryAttention",
         inputs,
@@ -308,6 +315,30 @@ def attention_model(heads, kv_heads, dim, codes=None, rotary=0, tables=None, **o
         {"y": ["b", "s", heads * dim], **{name: (kind, shape) for name in outputs[1:]}},
         constants,
     )
+
+
+def frequencies_of(half):
+    ends = {"start": 0, "limit": 512, "delta": 1}
+    return {
+        "frequencies": (100.0 ** (-np.arange(half) / half)).astype(np.float32)[None],
+        "axis": np.array([1], np.int64),
+        **{name: np.array(value, np.float32) for name, value in ends.items()},
+    }
+
+
+def computed_tables(factor):
+    nodes = [
+        helper.make_node("Range", ["start", "limit", "delta"], ["positions"]),
+        helper.make_node("Unsqueeze", ["positions", "axis"], ["column"]),
+        helper.make_node("Mul", ["column", "frequencies"], ["angle"]),
+    ]
+    for op_type, name in (("Cos", "cos"), ("Sin", "sin")):
+        if factor == 1:
+            nodes.append(helper.make_node(op_type, ["angle"], [name]))
+        else:
+            nodes.append(helper.make_node(op_type, ["angle"], [f"{name}/plain"]))
+            nodes.append(helper.make_node("Mul", [f"{name}/plain", "factor"], [name]))
+    return nodes
 
 
 def integers(rng, batch, length, width):
@@ -337,6 +368,8 @@ ATTENTIONS = {
     "capped": dict(heads=2, kv_heads=1, dim=16, scale=0.001, softcap=2.0),
     "turned in halves": dict(heads=4, kv_heads=2, dim=16, scale=0.001, rotary=1),
     "turned in pairs": dict(heads=4, kv_heads=2, dim=16, scale=0.001, rotary=2),
+    "turned by frequencies": dict(heads=4, kv_heads=2, dim=16, scale=0.001, rotary=1, factor=1),
+    "turned in pairs by frequencies": dict(heads=4, kv_heads=2, dim=16, scale=0.001, rotary=2, factor=1.25),
     "codes, a scale a channel": dict(heads=4, kv_heads=2, dim=16, scale=0.001, codes="PER_CHANNEL"),
     "codes, one scale": dict(heads=6, kv_heads=2, dim=16, scale=0.001, codes="PER_TENSOR", rotary=1),
 }
@@ -348,7 +381,7 @@ def test_attention_is_that_of_onnxruntime(name, halves, monkeypatch):
     if not halves:  # as they would be if float32 were kept
         monkeypatch.setattr(stages, "_keep_in_halves", lambda graph, attentions: None)
     options = dict(ATTENTIONS[name])
-    if "rotary" in options:
+    if "rotary" in options and "factor" not in options:
         options["tables"] = tables_of(512, options["dim"] // 2)
     model = attention_model(**options)
     width = (options["heads"] + 2 * options["kv_heads"]) * options["dim"]
@@ -410,6 +443,53 @@ def test_lengths_that_do_not_fit_are_an_error_and_no_crash():
             run.run(None, feeds)
 
 
+@pytest.mark.parametrize(
+    "name, place, value",
+    [
+        ("attentions", 5, 9),  # more frequencies than there are
+        ("attentions", 5, 2**20),
+        ("attentions", 5, -1),
+        ("attentions", 5, 0),  # then there would have to be a table of sines
+        ("attentions", 8, -1),
+        ("attentions", 8, 99),
+        ("factors", 2, None),
+    ],
+)
+def test_an_attention_whose_frequencies_do_not_fit_is_refused(name, place, value):
+    options = dict(heads=2, kv_heads=1, dim=16, scale=0.1, rotary=1, factor=1)
+    proto = fused(attention_model(**options), {"u": 64})
+    (attribute,) = [a for a in proto.graph.node[0].attribute if a.name == name]
+    numbers = attribute.floats if value is None else attribute.ints
+    if value is None:
+        del numbers[place]
+    else:
+        numbers[place] = value
+    with pytest.raises(Exception, match=r"Fused|constant|Invalid"):
+        session(proto)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_an_embedding_is_looked_up_with_the_scales_that_are_stored(zeros):
+    rng = np.random.default_rng(3)
+    table, _ = weights(rng, 64, 40, 8, 32, zeros, True, False)
+    table = {f"table.{name}": array.reshape(40, -1) for name, array in table.items()}
+    head, _ = weights(rng, 64, 16, 4, 32, True, False, False)
+    inputs = ["table.codes", "ids", "wide", *(["table.zeros"] if zeros else [])]
+    nodes = [
+        helper.make_node("Cast", ["table.scales"], ["wide"], to=FLOAT),
+        helper.make_node(
+            "GatherBlockQuantized", inputs, ["x"], domain=CONTRIB, bits=8, block_size=32, quantize_axis=1
+        ),
+        *product(64, 16, 4, 32, head),
+    ]
+    model = model_of(nodes, {"ids": (TensorProto.INT64, ["b", "s"])}, {"y": ["b", "s", 16]}, table | head)
+    proto = fused(model, {"x": 64})
+    assert [node.op_type for node in proto.graph.node] == ["GatherBlockQuantized", "Cast", "Fused"]
+    ids = rng.integers(0, 40, (2, 7))
+    theirs, ours = (session(m).run(None, {"ids": ids})[0] for m in (model, proto))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.02 * np.abs(theirs).max())
+
+
 # ---- nodes that lie ----
 
 
@@ -441,7 +521,7 @@ def test_lengths_that_do_not_fit_are_an_error_and_no_crash():
         ("outputs", lambda v: [0]),
         ("outputs", lambda v: [12]),
         ("outputs", lambda v: []),
-        ("attentions", lambda v: [1] * 11),
+        ("attentions", lambda v: [1] * 12),
         ("lengths", lambda v: [5]),
     ],
 )
@@ -479,7 +559,7 @@ def test_models_keep_their_answers(name, make_checkpoint, tmp_path):
     exported = export_checkpoint(checkpoint, tmp_path, progress=False)
     facts = exported.fused_verification
     assert facts and "refused" not in facts, facts
-    assert 0 < facts["largest_difference"] <= facts["allowed"]
+    assert 0 < facts["typical_difference"] <= facts["allowed"]
     assert exported.fused_graphs
     for key, file in exported.fused_graphs.items():
         plain, own = (
