@@ -49,10 +49,26 @@ static inline void fetch(const void *from, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) _mm_prefetch((const char *)from + at, _MM_HINT_T0);
 }
 
+/* Keys and values that come next; some of both are asked for between other work, `each` bytes at a time. */
+typedef struct {
+    const char *keys, *values;
+    size_t left, each;
+} Soon;
+
+static inline void fetch_some(Soon *soon) {
+    const size_t some = soon->left < soon->each ? soon->left : soon->each;
+    for (size_t at = 0; at < some; at += 64) {
+        _mm_prefetch(soon->keys + at, _MM_HINT_T1);
+        _mm_prefetch(soon->values + at, _MM_HINT_T1);
+    }
+    soon->keys += some, soon->values += some, soon->left -= some;
+}
+
 /* scores[q][j] of n queries and `count` keys; both have `dim` numbers in a row. */
 static inline __attribute__((always_inline)) void score(const float *queries, const int n, const float *keys, int count,
-                                                        int dim, float scores[4][KEYS]) {
+                                                        int dim, float scores[4][KEYS], Soon *soon) {
     for (int j = 0; j < count; j += 4) {
+        fetch_some(soon);
         const float *key[4];
         for (int i = 0; i < 4; i++) key[i] = keys + (size_t)(j + i < count ? j + i : j) * dim;
         for (int q = 0; q < n; q += 2) { /* eight sums at once, for which registers suffice */
@@ -125,15 +141,24 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[4
     for (int at = first; at < last; at += KEYS) {
         const int some = last - at < KEYS ? last - at : KEYS;
         const size_t size = size_of(heads->kind), offset = size * at * dim;
-        /* Keys come first, values while keys are looked at. */
-        fetch((const char *)heads->keys + offset, size * some * dim);
-        fetch((const char *)heads->values + offset, size * some * dim);
+        /* Of the first block keys come first, values while keys are looked at; of others both while the one
+         * before is looked at. */
+        if (at == first && !heads->fetched) {
+            fetch((const char *)heads->keys + offset, size * some * dim);
+            fetch((const char *)heads->values + offset, size * some * dim);
+        }
+        const int last_one = at + KEYS >= last, next = last_one ? heads->soon_count : last - at - KEYS;
+        const size_t row = size * dim, step = row * KEYS;
+        Soon soon = {.keys = last_one ? heads->soon[0] : (const char *)heads->keys + offset + step,
+                     .values = last_one ? heads->soon[1] : (const char *)heads->values + offset + step,
+                     .left = row * (next < KEYS ? next : KEYS),
+                     .each = 4 * row};
         const float *const keys = widen((const char *)heads->keys + offset, heads->kind, some * dim, wide);
         switch (count) {
-        case 1: score(query, 1, keys, some, dim, scores); break;
-        case 2: score(query, 2, keys, some, dim, scores); break;
-        case 3: score(query, 3, keys, some, dim, scores); break;
-        default: score(query, 4, keys, some, dim, scores);
+        case 1: score(query, 1, keys, some, dim, scores, &soon); break;
+        case 2: score(query, 2, keys, some, dim, scores, &soon); break;
+        case 3: score(query, 3, keys, some, dim, scores, &soon); break;
+        default: score(query, 4, keys, some, dim, scores, &soon);
         }
         if (a->softcap > 0)
             for (int q = 0; q < count; q++)

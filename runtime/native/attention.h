@@ -25,6 +25,9 @@ typedef struct {
     const float *key_scales, *value_scales; /* NULL: none */
     enum Kept kind;
     int key_step, value_step;
+    int fetched;          /* whether the first keys were asked for already */
+    const void *soon[2];  /* keys and values of another head that come next, and how many; NULL, 0: none */
+    int soon_count;
 } Heads;
 
 /* Softmax over some of the keys: the largest score, the sum of e**(score - largest), and the sum of values with

@@ -123,6 +123,7 @@ typedef struct {
     /* of attention: rows of the batch, tokens of each, the most tokens of one with those before */
     int batch, length, total;
     int parts; /* that the keys of one token are shared out in, where every row has one; else 0 */
+    int offered; /* threads */
     const int32_t *lengths;
     Cache *caches;
     float *largest, *sums, *totals; /* (rows, heads, parts[, dim]) */
@@ -262,15 +263,35 @@ static Heads heads_of(const Keeping *keeping, const Cache *cache, int batch, int
     return kept;
 }
 
-/* A piece of an attention where every row of the batch has one token: a part of the keys of one head of keys, for
+/* Into how many parts an attention falls where every row of the batch has one token, and how many of them a thread
+ * takes in a row: it asks for the memory of the next one while it is at one. */
+static int token_parts(const Run *run, const Stage *s) {
+    return run->batch * run->program->keeping[s->place].shape.kv_heads * run->parts;
+}
+
+static int in_a_row(const Run *run, int parts) {
+    const int each = parts / (4 * run->offered);
+    return each > 1 ? each : 1;
+}
+
+/* A part of an attention where every row of the batch has one token: a part of the keys of one head of keys, for
  * all heads that look at them. COMBINE puts parts together. */
-static void run_token(const Run *run, const Stage *s, int piece) {
+static void run_token(const Run *run, const Stage *s, int piece, int fetched, int next) {
     const Program *p = run->program;
     const Keeping *keeping = &p->keeping[s->place];
     const Attention *a = &keeping->shape;
+    const Cache *cache = &run->caches[s->place];
     const int part = piece % run->parts, kv = piece / run->parts % a->kv_heads, row = piece / run->parts / a->kv_heads;
     const int group = a->heads / a->kv_heads, position = tokens_before(run, row);
-    const Heads kept = heads_of(keeping, &run->caches[s->place], row, kv);
+    Heads kept = heads_of(keeping, cache, row, kv);
+    kept.fetched = fetched;
+    if (next >= 0) {
+        const int batch = next / run->parts / a->kv_heads, seen = tokens_before(run, batch) + 1;
+        const int each = keys_a_part(seen), first = next % run->parts * each;
+        for (int which = 0; which < 2; which++)
+            kept.soon[which] = kept_at(cache, which, a, batch, next / run->parts % a->kv_heads, first);
+        kept.soon_count = seen - first < 0 ? 0 : seen - first < each ? seen - first : each;
+    }
     for (int at = 0; at < group; at += 4) {
         const int count = group - at < 4 ? group - at : 4, positions[4] = {position, position, position, position};
         const float *queries[4];
@@ -282,6 +303,7 @@ static void run_token(const Run *run, const Stage *s, int piece) {
             out[i] = (Partial){run->largest + place, run->sums + place, run->totals + place * a->dim};
         }
         attend_part(a, &kept, queries, positions, count, part, out);
+        kept.fetched = 1;
     }
 }
 
@@ -387,8 +409,13 @@ static void work(void *data, size_t task) {
         while ((piece = atomic_fetch_add_explicit(&run->next[i], 1, memory_order_relaxed)) < pieces) {
             if (phase->share == ATTEND) {
                 const Stage *s = &p->stage[p->step[phase->first].stage];
-                if (run->parts) run_token(run, s, piece);
-                else run_tokens(run, s, piece);
+                if (!run->parts) {
+                    run_tokens(run, s, piece);
+                } else {
+                    const int all = token_parts(run, s), each = in_a_row(run, all), first = piece * each;
+                    const int end = first + each < all ? first + each : all;
+                    for (int j = first; j < end; j++) run_token(run, s, j, j > first, j + 1 < end ? j + 1 : -1);
+                }
             } else if (phase->share == COLUMNS) {
                 if (!panel) panel = run->panels + p->panel * atomic_fetch_add(&run->panels_taken, 1);
                 run_columns(run, phase, piece, panel);
@@ -514,7 +541,7 @@ static Status compute(void *kernel, void *context) {
     }
     if (rows == 0) return NULL;
 
-    Run run = {.program = p, .rows = (int)rows, .value = value};
+    Run run = {.program = p, .rows = (int)rows, .value = value, .offered = offered};
     Cache *caches = NULL;
     if (p->attentions) {
         if (rank != 3 || !(caches = calloc(p->attentions, sizeof *caches)))
@@ -580,9 +607,10 @@ static Status compute(void *kernel, void *context) {
         const Phase *phase = &p->phase[i];
         int pieces = 0;
         if (phase->share == ATTEND) {
-            const Attention *a = &p->keeping[p->stage[p->step[phase->first].stage].place].shape;
-            const int blocks = (run.length + QUERIES - 1) / QUERIES;
-            pieces = run.batch * (run.parts ? a->kv_heads * run.parts : a->heads * blocks);
+            const Stage *s = &p->stage[p->step[phase->first].stage];
+            const int blocks = (run.length + QUERIES - 1) / QUERIES, parts = token_parts(&run, s);
+            const int each = in_a_row(&run, parts);
+            pieces = run.parts ? (parts + each - 1) / each : run.batch * p->keeping[s->place].shape.heads * blocks;
         } else if (phase->share == COLUMNS)
             for (int j = 0; j < phase->count; j++) {
                 const Weights *w = &p->weights[p->stage[p->step[phase->first + j].stage].place];
