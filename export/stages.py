@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_field
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -56,6 +57,7 @@ class Stage:
     tensors: tuple[ir.Value | None, ...] = ()  # other inputs of an attention: past, tables, scales, lengths
     present: tuple[ir.Value, ...] = ()  # keys and values with the new ones
     factors: tuple[float, ...] = ()  # scale, softcap, factor of cosines and sines
+    column: int = 0  # the first that a product writes, of the value that several write side by side
 
 
 def known_shapes(model: ir.Model) -> dict[str, Dims]:
@@ -144,6 +146,9 @@ def _stages(graph: ir.Graph, widths: dict[ir.Value, int], shapes: Shapes) -> dic
         stage = _product(node) or _norm(node) or _silu(node, widths) or _alone(node, widths)
         stage = stage or _binary(node, widths, shapes) or _attention(node, found, shapes)
         if stage is None:
+            if parts := _side_by_side(node, found, shapes):
+                found |= {n: part for part in parts for n in part.nodes}
+                widths[node.outputs[0]] = sum(part.sizes[1] for part in parts)
             continue
         width = stage.sizes or (widths[stage.reads[0]],)
         widths |= dict.fromkeys(stage.reads, width[0])
@@ -166,6 +171,27 @@ def _product(node: ir.Node) -> Stage | None:
     return Stage(
         PRODUCT, (node,), (x,), tuple(node.outputs), (codes, scales, zeros, bias), (k, n), (bits, block)
     )
+
+
+def _side_by_side(node: ir.Node, found: Mapping[ir.Node, Stage], shapes: Shapes) -> list[Stage]:
+    """Products whose results are laid side by side, as those of a head in parts: they write one value."""
+    if node.op_type != "Concat" or node.domain:
+        return []
+    rank = len(shapes.get(node.outputs[0].name or "", ()))
+    if node.attributes["axis"].as_int() not in (-1, rank - 1):
+        return []
+    parts: list[Stage] = []
+    for value in node.inputs:
+        producer = None if value is None else value.producer()
+        part = None if producer is None else found.get(producer)
+        if part is None or part.kind != PRODUCT or only_user(value) is not node:
+            return []
+        if parts and part.reads != parts[0].reads:
+            return []
+        column = sum(before.sizes[1] for before in parts)
+        parts.append(replace_field(part, writes=(node.outputs[0],), column=column))
+    parts[-1] = replace_field(parts[-1], nodes=(*parts[-1].nodes, node))
+    return parts
 
 
 def _norm(node: ir.Node) -> Stage | None:
@@ -389,7 +415,9 @@ def _in_turns(stages: Sequence[Stage]) -> list[Stage]:
     inside = {value for stage in stages for value in stage.writes}
     while waiting:
         ready = [s for s in waiting if (s.kind == PRODUCT) == products and inside.isdisjoint(s.reads)]
-        ordered += ready
+        first = {value: place for place, s in reversed(list(enumerate(ready))) for value in s.writes}
+        # Products that write one value follow each other in the order of its columns.
+        ordered += sorted(ready, key=lambda s: (first[s.writes[0]], s.column))
         waiting = [s for s in waiting if s not in ready]
         inside -= {value for stage in ready for value in stage.writes}
         if products or not ready:
@@ -425,7 +453,7 @@ def _replace(
         its = [-1 if value is None else position[value] for value in stage.constants]
         extra = [*its, -1, -1][:2]
         if stage.kind == PRODUCT:
-            extra = [len(weights) // 8, -1]
+            extra = [len(weights) // 8, stage.column]
             weights += [*its, *stage.sizes, *stage.packing]
         elif stage.kind == ATTENTION:
             extra = [attentions.index(stage), -1]

@@ -10,7 +10,9 @@
  *   widths   (values): last dimension of each value; the first ones are the node's inputs
  *   outputs  which values are the node's outputs, in their order
  *   stages   (stages, 7): kind, two values read (-1: none), value written, second value written (-1: none), and
- *            for a product its place in `weights`, for a norm the inputs that hold its gain and bias (-1: none)
+ *            for a product its place in `weights` and the first column that it writes (what several products write
+ *            side by side they write one after the other), for a norm the inputs that hold its gain and bias (-1:
+ *            none)
  *   weights  (products, 8): inputs that hold codes, scales, zero points, bias (-1: none), K, N, bits, block size
  *   epsilons (stages): of norms
  *   attentions (attentions, 12): heads, heads of keys, a head's size, rotary (0 none, 1 halves, 2 pairs), window (0
@@ -51,6 +53,7 @@ typedef struct {
     enum Kind kind;
     int a, b, out, second; /* values */
     int place;             /* of a product in the weights, of an attention among those */
+    int column;            /* of a product: the first that it writes */
     const float *gain, *bias;
     float epsilon;
 } Stage;
@@ -390,7 +393,8 @@ static void run_columns(const Run *run, const Phase *phase, int piece, void *pan
         const int size = column_piece(w->n), pieces = (w->n + size - 1) / size;
         if (piece < before + pieces) {
             const int first = (piece - before) * size, last = first + size < w->n ? first + size : w->n;
-            multiply(w, &run->rows8[s->a], run->rows, first, last, run->value[s->out], w->n, panel);
+            float *y = run->value[s->out] + s->column;
+            multiply(w, &run->rows8[s->a], run->rows, first, last, y, p->widths[s->out], panel);
             return;
         }
         before += pieces;
@@ -816,15 +820,19 @@ static int is_value(const Program *p, int v) { return v >= 0 && v < p->values; }
 
 /* Whether a stage's values are there and have the sizes that its kind asks for. What is read is an input or was
  * written before, and nothing is written twice: until `plan` needs them, `rounded` holds the marks. */
-static int fits(Program *p, const Stage *s) {
+static int fits(Program *p, const Stage *s, const Stage *before) {
     if ((int)s->kind < 0 || s->kind >= KINDS || !is_value(p, s->a) || !is_value(p, s->out)) return 0;
     if ((s->b != -1 && !is_value(p, s->b)) || (s->second != -1 && !is_value(p, s->second))) return 0;
     if ((s->a >= p->inputs && !p->rounded[s->a]) || (s->b >= p->inputs && !p->rounded[s->b])) return 0;
-    if (s->second == s->out || p->rounded[s->out]++ || (s->second >= 0 && p->rounded[s->second]++)) return 0;
+    const int end = before && before->kind == PRODUCT ? before->column + p->weights[before->place].n : 0;
+    const int goes_on = end && end < p->widths[before->out]; /* with more columns of the same value */
+    if (goes_on && (s->kind != PRODUCT || s->a != before->a || s->out != before->out || s->column != end)) return 0;
+    if (s->second == s->out || (p->rounded[s->out]++ && !goes_on) || (s->second >= 0 && p->rounded[s->second]++)) return 0;
     const int in = p->widths[s->a], out = p->widths[s->out];
     if (s->kind == PRODUCT) {
         if (s->place < 0 || s->place >= p->products || s->b != -1 || s->second != -1) return 0;
-        return p->weights[s->place].k == in && p->weights[s->place].n == out;
+        if (!goes_on && s->column) return 0;
+        return p->weights[s->place].k == in && p->weights[s->place].n <= out - s->column;
     }
     if (s->kind == ATTENTION) {
         if (s->place < 0 || s->place >= p->attentions || s->b != -1 || s->second != -1 || s->a < p->inputs) return 0;
@@ -994,8 +1002,9 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     files = mapped_files();
     packed = 0;
     for (int i = 0; i < p->products; i++) {
+        const size_t size = aligned(packed_bytes(&p->weights[i]));
         pack(&p->weights[i], &files, p->packed + packed);
-        packed += aligned(packed_bytes(&p->weights[i]));
+        packed += size;
     }
     for (int i = 0; i < p->attentions; i++) {
         ((void (*)(void *))api[RELEASE_STATUS])(status);
@@ -1007,8 +1016,10 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     for (int i = 0; i < p->stages; i++) {
         Stage *s = &p->stage[i];
         const int *from = stages + i * STAGE_INTS;
-        *s = (Stage){from[0], from[1], from[2], from[3], from[4], from[5], NULL, NULL, epsilons[i]};
-        if (!fits(p, s)) goto failed;
+        *s = (Stage){from[0], from[1], from[2], from[3], from[4], from[5], from[6], NULL, NULL, epsilons[i]};
+        if (!fits(p, s, i ? s - 1 : NULL)) goto failed;
+        if (s->kind == PRODUCT && i == p->stages - 1 && s->column + p->weights[s->place].n < p->widths[s->out])
+            goto failed;
         if (s->kind != NORM && s->kind != CENTRED_NORM) continue;
         const void *gain, *bias = NULL;
         const size_t width = p->widths[s->out];

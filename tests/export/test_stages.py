@@ -490,6 +490,57 @@ def test_an_embedding_is_looked_up_with_the_scales_that_are_stored(zeros):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.02 * np.abs(theirs).max())
 
 
+def side_by_side(rng, widths, k=96):
+    """x -> a product for each width -> Concat -> y, and what the products hold."""
+    nodes, constants = [], {}
+    for i, width in enumerate(widths):
+        own, _ = weights(rng, k, width, 4 + 4 * (i % 2), 32, True, False, i == 1)
+        own = {f"{i}.{name}": array for name, array in own.items()}
+        nodes += product(k, width, 4 + 4 * (i % 2), 32, own, y=f"y{i}", prefix=f"{i}.")
+        constants |= own
+    nodes.append(helper.make_node("Concat", [f"y{i}" for i in range(len(widths))], ["y"], axis=2))
+    return model_of(nodes, {"x": ["b", "s", k]}, {"y": ["b", "s", sum(widths)]}, constants)
+
+
+@pytest.mark.parametrize("widths", [(24, 40), (13, 8, 70), (16,)])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_products_whose_results_lie_side_by_side_write_them_there(widths, rows):
+    rng = np.random.default_rng(17)
+    model = side_by_side(rng, widths)
+    proto = fused(model)
+    assert [node.op_type for node in proto.graph.node] == ["Fused"]
+    x = rng.standard_normal((1, rows, 96)).astype(np.float32)
+    theirs, ours = (session(m).run(None, {"x": x})[0] for m in (model, proto))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.02 * np.abs(theirs).max())
+
+
+def test_a_result_that_something_else_reads_is_not_written_elsewhere():
+    model = side_by_side(np.random.default_rng(1), (8, 16))
+    model.graph.output.append(helper.make_tensor_value_info("y0", FLOAT, ["b", "s", 8]))
+    assert "Concat" in [node.op_type for node in fused(model).graph.node]
+
+
+@pytest.mark.parametrize(
+    "place, value",
+    [(6, 8), (6, -1), (13, 0), (13, 16), (13, 40), (13, 2**31), (10, 0), (8, 1)],  # columns, values
+)
+def test_columns_that_do_not_follow_each_other_are_refused(place, value):
+    proto = fused(side_by_side(np.random.default_rng(2), (24, 40)))
+    (attribute,) = [a for a in proto.graph.node[0].attribute if a.name == "stages"]
+    assert attribute.ints[place] != value
+    attribute.ints[place] = value
+    with pytest.raises(Exception, match="Fused"):
+        session(proto)
+
+
+def test_a_value_of_which_columns_are_missing_is_refused():
+    proto = fused(side_by_side(np.random.default_rng(2), (24, 40)))
+    (attribute,) = [a for a in proto.graph.node[0].attribute if a.name == "widths"]
+    attribute.ints[1] += 8
+    with pytest.raises(Exception, match="Fused"):
+        session(proto)
+
+
 # ---- nodes that lie ----
 
 
