@@ -8,9 +8,11 @@ import errno
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from gemini.benchmarks.agreement import ClassifierScore, EmbedderScore, score_classifier, score_embedder
 from gemini.benchmarks.divergence import FloatArray, kl_divergence
 from gemini.errors import UsageError, VerificationError
+from gemini.runtime.threads import usable_threads
 
 __all__ = [
     "ClassifierScore",
@@ -31,7 +34,8 @@ __all__ = [
 ]
 
 Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
-_CHUNK_BYTES = 16 << 20  # one float32 block of logits; about five such blocks are alive at once
+_CHUNK_BYTES = 8 << 20  # one float32 block of logits; about five such blocks a core are alive at once
+T = TypeVar("T")
 _FLOOR = -60000.0  # float16 ends at -65504; exp of either is 0
 
 
@@ -124,17 +128,30 @@ def score_generator(
         logits, targets = _predictions(logits_of, ids)
         if teacher is not None and logits.shape[1] != teacher.vocab_size:
             raise ValueError(f"vocabulary {logits.shape[1]}, teacher has {teacher.vocab_size}")
-        for start, stop in _chunks(logits):
-            rows = logits[start:stop].astype(np.float32)
-            total += _nll(rows, targets[start:stop])
-            if teacher is not None:
-                reference = teacher.rows(index, start, stop)
-                agree += int((reference.argmax(axis=1) == rows.argmax(axis=1)).sum())
-                divergence += float(kl_divergence(reference, rows).sum())
+        for loss, apart, same in _each_chunk(partial(_score, logits, targets, teacher, index), logits):
+            total, divergence, agree = total + loss, divergence + apart, agree + same
         tokens += len(targets)
     if teacher is None:
         return GeneratorScore(_perplexity(total, tokens), None, None, tokens)
     return GeneratorScore(_perplexity(total, tokens), divergence / tokens, agree / tokens, tokens)
+
+
+def _score(
+    logits: FloatArray,
+    targets: NDArray[np.int64],
+    teacher: Teacher | None,
+    window: int,
+    start: int,
+    stop: int,
+) -> tuple[float, float, int]:
+    """Summed negative log-likelihood and divergence of some positions, and at how many the best agree."""
+    rows = logits[start:stop].astype(np.float32)
+    loss = _nll(rows, targets[start:stop])
+    if teacher is None:
+        return loss, 0.0, 0
+    reference = teacher.rows(window, start, stop)
+    same = int((reference.argmax(axis=1) == rows.argmax(axis=1)).sum())
+    return loss, float(kl_divergence(reference, rows).sum()), same
 
 
 def _predictions(logits_of: Logits, ids: NDArray[np.int64]) -> tuple[FloatArray, NDArray[np.int64]]:
@@ -143,6 +160,13 @@ def _predictions(logits_of: Logits, ids: NDArray[np.int64]) -> tuple[FloatArray,
     if logits.ndim != 3 or logits.shape[1] > ids.shape[1] or logits.shape[0] != 1 or ids.shape[0] != 1:
         raise ValueError(f"logits {logits.shape} for ids {ids.shape}, expected (1, S, V)")
     return logits[0, :-1], ids[0, ids.shape[1] - logits.shape[1] + 1 :]
+
+
+def _each_chunk(work: Callable[[int, int], T], logits: FloatArray) -> list[T]:
+    """What ``work(start, stop)`` returns for chunks of positions, in their order; as many at once as there
+    are cores, since numpy lets go of the interpreter's lock."""
+    with ThreadPoolExecutor(usable_threads()) as pool:
+        return list(pool.map(lambda chunk: work(*chunk), _chunks(logits)))
 
 
 def _chunks(logits: FloatArray) -> list[tuple[int, int]]:

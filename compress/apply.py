@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ from gemini.compress.specs import (
     Spec,
 )
 from gemini.compress.static import convolution_codes, has_integer_operator, input_codes
-from gemini.compress.stream import second_moment
+from gemini.compress.stream import second_moment, watch_rows
 from gemini.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -127,8 +128,14 @@ def quantize_int4(
     linear = Integers(4, spec.block_size, spec.symmetric, spec.fit)
     folds = fold_awq(model, windows, selection.linears, linear, progress) if spec.awq and windows else {}
     moments: dict[str, Tensor] = {}
+    seen = None
     if windows and (spec.sensitive_share or (spec.fit == "moments" and not spec.gptq)):
-        moments = collect_input_moments(model, windows, selection.linears, progress)
+        # What the head sees, which GPTQ rounds, comes from the same runs, unless layers change before it.
+        head = selection.head if spec.embedding_bits == 4 and not spec.gptq else None
+        with watch_rows(model, head) if head else nullcontext() as rows:
+            every = head is not None
+            moments = collect_input_moments(model, windows, selection.linears, progress, every_logit=every)
+        seen = rows.mean() if rows is not None and rows.count else None
     formats: dict[str, Format] = dict.fromkeys(selection.linears, linear)
     table: Integers | Split = Integers(spec.embedding_bits, spec.embedding_block_size)
     if spec.embedding_bits == 4:
@@ -138,7 +145,9 @@ def quantize_int4(
         if spec.embedding_wide_share:
             table = Split(spec.embedding_wide_share, wide, table)
     share = spec.sensitive_share
-    report = _edit(model, spec, selection, formats, table, progress, windows, spec.gptq, moments, share)
+    report = _edit(
+        model, spec, selection, formats, table, progress, windows, spec.gptq, moments, share, seen=seen
+    )
     small_table = selection.head and table.bits == 4
     return replace(
         report,
@@ -267,11 +276,12 @@ def _edit(
     divisors: Mapping[str, Tensor] = MappingProxyType({}),
     codes: Mapping[str, Codes] = MappingProxyType({}),
     ends: Mapping[str, tuple[Codes, Codes]] = MappingProxyType({}),
+    seen: Tensor | None = None,
 ) -> PassReport:
     """Pack every selected layer and put the packed ones into the model.
 
     With ``gptq`` those in stacks of blocks are rounded by it on ``windows``, and the others weighed by them;
-    a head in 4 bits is rounded by GPTQ wherever there are windows.
+    a head in 4 bits is rounded by GPTQ wherever there are windows, by ``seen`` (`second_moment`) if given.
 
     The most sensitive are widened first: which those are is known once all have been packed without GPTQ.
     """
@@ -296,7 +306,6 @@ def _edit(
         formats = {**formats, **dict.fromkeys(wide, Integers(8, table.block_size))}
         pack(wide)
     head = selection.head if table.bits == 4 else None
-    seen = None
     turns = sequential(model, windows, formats, after=head, progress=progress) if gptq and windows else ()
     for turn in turns:
         if turn.layers == (head,):

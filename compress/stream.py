@@ -11,6 +11,7 @@ is held than one batch's activations inside a block and the states between two b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -108,12 +109,19 @@ def stream(
 def second_moment(model: nn.Module, windows: Sequence[Window], name: str) -> Tensor | None:
     """E[x x^T] of the inputs of one layer, float64 (K, K), from whole runs of the model; None if none reaches
     it."""
-    layers, moment = {name: model.get_submodule(name)}, Moment()
-    with each_input(layers, lambda _, x: moment.add(hushed(x.reshape(-1, x.shape[-1])))), idle_head(model):
+    with watch_rows(model, name) as moment, idle_head(model):
         for window in batches(windows):
             with torch.no_grad():
                 model(**as_feed(window), **shortcut(model, every_logit=True))
     return moment.mean() if moment.count else None
+
+
+@contextmanager
+def watch_rows(model: nn.Module, name: str) -> Iterator[Moment]:
+    """Inside the block, every call of the named layer adds its inputs to the moment that is handed out."""
+    layers, moment = {name: model.get_submodule(name)}, Moment()
+    with each_input(layers, lambda _, x: moment.add(hushed(x.reshape(-1, x.shape[-1])))):
+        yield moment
 
 
 @dataclass(frozen=True)
