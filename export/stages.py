@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_field
+from itertools import pairwise
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
@@ -31,7 +33,7 @@ from gemini.export.fusions.patterns import (
 DOMAIN = "gemini"
 BLOCKS = (32, 64, 128, 256)  # that the kernels know
 # `enum Kind` of fused.c
-PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION = range(10)
+PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, LOOKUP = range(11)
 _NORMS = ("SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
 _BINARY = {"Mul": TIMES, "Add": PLUS}
 Dims = tuple[str, ...]  # each a number, or the name of an axis
@@ -58,6 +60,9 @@ class Stage:
     present: tuple[ir.Value, ...] = ()  # keys and values with the new ones
     factors: tuple[float, ...] = ()  # scale, softcap, factor of cosines and sines
     column: int = 0  # the first that a product writes, of the value that several write side by side
+    tables: tuple[
+        tuple[Stage, int], ...
+    ] = ()  # of a lookup: a product with the weights, the first token there
 
 
 def known_shapes(model: ir.Model) -> dict[str, Dims]:
@@ -154,6 +159,11 @@ def _stages(graph: ir.Graph, widths: dict[ir.Value, int], shapes: Shapes) -> dic
         widths |= dict.fromkeys(stage.reads, width[0])
         widths |= dict.fromkeys((value for value in stage.writes if value is not None), width[-1])
         found |= dict.fromkeys(stage.nodes, stage)
+    products = {stage.constants[1]: stage for stage in found.values() if stage.kind == PRODUCT}
+    for value in [value for stage in found.values() for value in stage.reads]:
+        lookup = None if value.producer() in found else _lookup(value, products, shapes)
+        if lookup is not None:
+            found |= dict.fromkeys(lookup.nodes, lookup)
     return found
 
 
@@ -192,6 +202,88 @@ def _side_by_side(node: ir.Node, found: Mapping[ir.Node, Stage], shapes: Shapes)
         parts.append(replace_field(part, writes=(node.outputs[0],), column=column))
     parts[-1] = replace_field(parts[-1], nodes=(*parts[-1].nodes, node))
     return parts
+
+
+Products = Mapping[ir.Value | None, Stage]  # by their scales
+
+
+def _lookup(value: ir.Value, products: Products, shapes: Shapes) -> Stage | None:
+    """Rows of an embedding, or of one in two parts, whose weights a product of the graph has, too.
+
+    The kernels look them up where they are packed for that product; a lookup of its own would map the file
+    that they come from, 64 KB a row.
+    """
+    where = produced_by(value, "Where")
+    wanted = [value] if where is None else where.inputs[1:]
+    parts = [part for rows in wanted if (part := _part(rows, products)) is not None]
+    if len(parts) != len(wanted):
+        return None
+    ids, width = parts[0].ids, parts[0].table.sizes[0]
+    nodes = [node for part in parts for node in part.nodes]
+    starts = [0, parts[0].table.sizes[1]][: len(parts)]
+    if where is not None:
+        column = produced_by(where.inputs[0], "Unsqueeze")
+        below = produced_by(None if column is None else column.inputs[0], "Less")
+        if column is None or below is None or below.inputs[0] is not ids:
+            return None
+        if constant(below.inputs[1]) != starts[1] or not _is_chain([below, column, where]):
+            return None
+        nodes += [below, column, where]
+    fits = [(part.ids, part.start, part.table.sizes[0]) for part in parts]
+    if fits != [(ids, start, width) for start in starts] or len(shapes.get(ids.name or "", ())) != 2:
+        return None
+    tables = tuple((part.table, part.start) for part in parts)
+    return Stage(LOOKUP, tuple(nodes), (), (value,), sizes=(width,), tensors=(ids,), tables=tables)
+
+
+def _is_chain(nodes: Sequence[ir.Node]) -> bool:
+    """Whether what each node makes is read by the next one alone."""
+    return all(only_user(before.outputs[0]) is after for before, after in pairwise(nodes))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of an embedding: the product that has them, the tokens asked for, the first one of them."""
+
+    table: Stage
+    ids: ir.Value
+    start: int
+    nodes: tuple[ir.Node, ...]
+
+
+def _part(rows: ir.Value | None, products: Products) -> _Part | None:
+    """Cast(GatherBlockQuantized(Clip(ids - start))), where the cast and the numbering may be missing."""
+    cast = produced_by(rows, "Cast")
+    gather = produced_by(rows if cast is None else cast.inputs[0], "GatherBlockQuantized", CONTRIB)
+    if gather is None:
+        return None
+    data, indices, scales, zeros = (*gather.inputs, None)[:4]
+    table = products.get(_stored(scales))
+    if table is None or data is None or indices is None or table.constants[2] is not zeros:
+        return None
+    bits, block = (gather.attributes[name].as_int() for name in ("bits", "block_size"))
+    k, n = table.sizes
+    if table.packing != (bits, block) or k % block or not _same_bytes(data, table.constants[0]):
+        return None
+    start, ids, nodes = 0, indices, [gather] if cast is None else [gather, cast]
+    clip = produced_by(indices, "Clip")
+    moved = produced_by(None if clip is None else clip.inputs[0], "Sub")
+    if clip is not None and moved is not None:
+        first, limits = constant(moved.inputs[1]), [constant(value) for value in clip.inputs[1:]]
+        if first is None or first.size != 1 or limits != [0, n - 1] or moved.inputs[0] is None:
+            return None
+        start, ids, nodes = int(first.item()), moved.inputs[0], [moved, clip, *nodes]
+    if not _is_chain(nodes):
+        return None
+    return _Part(table, ids, start, tuple(nodes))
+
+
+def _same_bytes(one: ir.Value, other: ir.Value | None) -> bool:
+    """Whether two constants are stored in one place, or have equal numbers in whatever shape."""
+    a, b = one.const_value, None if other is None else other.const_value
+    if isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor):
+        return (a.location, a.offset, a.length) == (b.location, b.offset, b.length)
+    return a is not None and b is not None and np.array_equal(a.numpy().ravel(), b.numpy().ravel())
 
 
 def _norm(node: ir.Node) -> Stage | None:
@@ -443,21 +535,32 @@ def _replace(
     ]
     place = {value: index for index, value in enumerate((*inputs, *made))}
     attentions = [stage for stage in stages if stage.kind == ATTENTION]
-    others = dict.fromkeys(v for stage in stages for v in (*stage.constants, *stage.tensors) if v is not None)
+    further = [value for stage in stages for value in (*stage.constants, *stage.tensors)]
+    further += [value for stage in stages for table, _ in stage.tables for value in table.constants]
+    others = dict.fromkeys(value for value in further if value is not None)
     position = {value: len(inputs) + index for index, value in enumerate(others)}
     entries: list[int] = []
     weights: list[int] = []
+
+    def held(product: Stage) -> list[int]:
+        return [-1 if value is None else position[value] for value in product.constants]
+
     for stage in stages:
         reads = [place[value] for value in stage.reads]
         writes = [-1 if value is None else place[value] for value in stage.writes]
-        its = [-1 if value is None else position[value] for value in stage.constants]
-        extra = [*its, -1, -1][:2]
+        for table, first in stage.tables:
+            entries += [LOOKUP, -1, -1, writes[0], -1, len(weights) // 8, first]
+            weights += [*held(table), *table.sizes, *table.packing]
+        if stage.kind == LOOKUP:
+            continue
+        extra = [*held(stage), -1, -1][:2]
         if stage.kind == PRODUCT:
             extra = [len(weights) // 8, stage.column]
-            weights += [*its, *stage.sizes, *stage.packing]
+            weights += [*held(stage), *stage.sizes, *stage.packing]
         elif stage.kind == ATTENTION:
             extra = [attentions.index(stage), -1]
         entries += [stage.kind, *[*reads, -1][:2], *[*writes, -1][:2], *extra]
+    ids = [position[value] for stage in stages if stage.kind == LOOKUP for value in stage.tensors if value]
     kept = [value for stage in attentions for value in stage.present]
     tensors = [[-1 if v is None else position[v] for v in stage.tensors] for stage in attentions]
     fused = ir.Node(
@@ -469,7 +572,7 @@ def _replace(
             ir.AttrInt64s("outputs", [place[value] for value in outputs]),
             ir.AttrInt64s("stages", entries),
             ir.AttrInt64s("weights", weights),
-            ir.AttrFloat32s("epsilons", [stage.epsilon for stage in stages]),
+            ir.AttrFloat32s("epsilons", [s.epsilon for s in stages for _ in s.tables or (s,)]),
             ir.AttrInt64s(
                 "attentions",
                 [
@@ -480,6 +583,7 @@ def _replace(
             ),
             ir.AttrFloat32s("factors", [number for stage in attentions for number in stage.factors]),
             ir.AttrInt64s("lengths", tensors[0][-2:] if tensors else []),
+            ir.AttrInt64s("ids", ids[:1]),
         ],
         num_outputs=len(outputs) + len(kept),
         name=name,

@@ -12,7 +12,7 @@
  *   stages   (stages, 7): kind, two values read (-1: none), value written, second value written (-1: none), and
  *            for a product its place in `weights` and the first column that it writes (what several products write
  *            side by side they write one after the other), for a norm the inputs that hold its gain and bias (-1:
- *            none)
+ *            none), for a lookup its place in `weights` and the first token that is looked up there
  *   weights  (products, 8): inputs that hold codes, scales, zero points, bias (-1: none), K, N, bits, block size
  *   epsilons (stages): of norms
  *   attentions (attentions, 12): heads, heads of keys, a head's size, rotary (0 none, 1 halves, 2 pairs), window (0
@@ -20,6 +20,7 @@
  *            frequencies (-1: none), scales of codes (-1: none)
  *   factors  (attentions, 3): scale of scores, what they are capped at (0: nothing), what cosines and sines of
  *            positions times frequencies are times
+ *   ids      the input that holds the tokens that lookups are for, (batch, sequence) int64, or nothing
  *   lengths  inputs that hold seqlens_k and total_sequence_length, as GroupQueryAttention has them
  * The outputs after those of `outputs` are keys and values with the new ones, two an attention. A value that
  * attention reads is queries, keys and values side by side, and is turned in place.
@@ -41,7 +42,7 @@
 #include "kernels.h"
 #include "ort.h"
 
-enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, KINDS };
+enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, LOOKUP, KINDS };
 enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 12, FACTORS = 3, MOST = 4096 };
 enum { MOST_WIDTH = 1 << 24 }; /* of weights and activations, so that no product of sizes leaves 64 bits */
 enum { MOST_PARTS = 8 };       /* that the keys of one token's attention are shared out in */
@@ -52,8 +53,8 @@ enum { ALONE = 1 << 17 };      /* products of fewer multiplications are not wort
 typedef struct {
     enum Kind kind;
     int a, b, out, second; /* values */
-    int place;             /* of a product in the weights, of an attention among those */
-    int column;            /* of a product: the first that it writes */
+    int place;             /* of a product or lookup in the weights, of an attention among those */
+    int column;            /* of a product: the first that it writes; of a lookup: the first token */
     const float *gain, *bias;
     float epsilon;
 } Stage;
@@ -88,6 +89,15 @@ typedef struct {
     int step[2];            /* 1: a scale a channel, 0: one in all */
 } Keeping;
 
+/* Weights that several nodes read: where they were before they were packed tells that they are the same. */
+typedef struct Table {
+    struct Table *next;
+    const uint8_t *codes;
+    Weights weights;
+    void *memory;
+    int users;
+} Table;
+
 typedef struct {
     Api api;
     int inputs, values, output_count, stages, products, steps, phases;
@@ -95,7 +105,9 @@ typedef struct {
     int *slot, slots, *slot_width;   /* of values that lie in scratch memory; -1: an input or output */
     Stage *stage;
     Weights *weights;
-    uint8_t *packed; /* weights, one behind the other */
+    uint8_t *packed; /* weights, one behind the other, but for tables */
+    Table **table;   /* of those that lookups read and products of other nodes, too; else NULL */
+    int ids;         /* the input; -1: none */
     Step *step;
     Phase *phase;
     size_t panel;
@@ -124,6 +136,7 @@ typedef struct {
     atomic_int *next, *done, panels_taken;
     int *pieces;
     /* of attention: rows of the batch, tokens of each, the most tokens of one with those before */
+    const int64_t *ids;
     int batch, length, total;
     int parts; /* that the keys of one token are shared out in, where every row has one; else 0 */
     int offered; /* threads */
@@ -354,6 +367,14 @@ static void run_step(const Run *run, const Step *step, int row) {
     }
     const Stage *s = &p->stage[step->stage];
     const size_t width = p->widths[s->out];
+    if (s->kind == LOOKUP) {
+        const Weights *w = &p->weights[s->place];
+        const int64_t token = run->ids[row] - s->column;
+        float *to = run->value[s->out] + row * width;
+        if (token >= 0 && token < w->n) lookup_row(w, (int)token, to);
+        else if (s->column == 0) memset(to, 0, sizeof(float) * width); /* unless it is in another part */
+        return;
+    }
     const float *a = run->value[s->a] + row * width, *b = s->b < 0 ? NULL : run->value[s->b] + row * width;
     float *out = run->value[s->out] + row * width;
     switch (s->kind) {
@@ -519,6 +540,13 @@ static Status compute(void *kernel, void *context) {
     const int offered = atomic_load(&threads);
     float *value[MOST];
     for (int v = 0; v < p->values; v++) value[v] = NULL;
+    int64_t *ids = NULL;
+    if (p->ids >= 0) {
+        int type;
+        if ((status = tensor_of(api, context, p->ids, dims, 2, &type, (void **)&ids))) return status;
+        if (type != TYPE_INT64) return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, "Fused: tokens have another type");
+        rows = dims[0] * dims[1], rank = 3;
+    }
     for (int v = 0; v < p->inputs; v++) {
         const void *tensor;
         void *shape;
@@ -526,17 +554,18 @@ static Status compute(void *kernel, void *context) {
         if ((status = CALL(api, CONTEXT_INPUT, context, (size_t)v, &tensor))) return status;
         if ((status = CALL(api, TYPE_AND_SHAPE, tensor, &shape))) return status;
         status = CALL(api, ELEMENT_COUNT, shape, &count);
-        if (!status && v == 0) {
+        if (!status && rows < 0) {
             status = CALL(api, DIMENSION_COUNT, shape, &rank);
             if (!status && rank >= 1 && rank <= 8) status = CALL(api, DIMENSIONS, shape, dims, rank);
         }
         ((void (*)(void *))api[RELEASE_SHAPE])(shape);
         if (status) return status;
-        if (v == 0) rows = (int64_t)(count / p->widths[0]);
-        if (rank < 1 || rank > 8 || (int64_t)count != rows * p->widths[v] || rows > INT32_MAX / 2)
+        if (rows < 0) rows = (int64_t)(count / p->widths[0]);
+        if (rank < 1 || rank > 8 || (int64_t)count != rows * p->widths[v])
             return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, "Fused: an input has another shape than the node says");
         if ((status = CALL(api, TENSOR_DATA, tensor, (void **)&value[v]))) return status;
     }
+    if (rows > INT32_MAX / 2) return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, "Fused: too many rows");
     for (int i = 0; i < p->output_count; i++) {
         void *tensor;
         dims[rank - 1] = p->widths[p->outputs[i]];
@@ -545,7 +574,7 @@ static Status compute(void *kernel, void *context) {
     }
     if (rows == 0) return NULL;
 
-    Run run = {.program = p, .rows = (int)rows, .value = value, .offered = offered};
+    Run run = {.program = p, .rows = (int)rows, .value = value, .offered = offered, .ids = ids};
     Cache *caches = NULL;
     if (p->attentions) {
         if (rank != 3 || !(caches = calloc(p->attentions, sizeof *caches)))
@@ -809,8 +838,48 @@ static Status read_attention(Program *p, const void *info, const int *from, cons
     return NULL;
 }
 
+static pthread_mutex_t tables_lock = PTHREAD_MUTEX_INITIALIZER;
+static Table *tables;
+
+/* The table of these weights, packed once for all nodes that read it; where no node has it yet it is made if
+ * `wanted`. NULL: there is none. */
+static Table *share_table(const Weights *w, int wanted, const Files *files) {
+    pthread_mutex_lock(&tables_lock);
+    Table *table = tables;
+    while (table && !(table->codes == w->codes && table->weights.k == w->k && table->weights.n == w->n &&
+                      table->weights.bits == w->bits && table->weights.block == w->block))
+        table = table->next;
+    if (table) table->users++;
+    else if (wanted && (table = calloc(1, sizeof *table))) {
+        *table = (Table){tables, w->codes, *w, aligned_alloc(64, aligned(packed_bytes(w))), 1};
+        if (table->memory) {
+            pack(&table->weights, files, table->memory);
+            tables = table;
+        } else {
+            free(table);
+            table = NULL;
+        }
+    }
+    pthread_mutex_unlock(&tables_lock);
+    return table;
+}
+
+static void leave_table(Table *table) {
+    pthread_mutex_lock(&tables_lock);
+    if (--table->users == 0) {
+        Table **at = &tables;
+        while (*at != table) at = &(*at)->next;
+        *at = table->next;
+        free(table->memory), free(table);
+    }
+    pthread_mutex_unlock(&tables_lock);
+}
+
 static void destroy(void *kernel) {
     Program *p = kernel;
+    for (int i = 0; p->table && i < p->products; i++)
+        if (p->table[i]) leave_table(p->table[i]);
+    free(p->table);
     free(p->widths), free(p->outputs), free(p->rounded), free(p->slot), free(p->slot_width), free(p->stage);
     free(p->weights), free(p->packed), free(p->step), free(p->phase), free(p->keeping),
         free(p->turning), free(p);
@@ -821,7 +890,15 @@ static int is_value(const Program *p, int v) { return v >= 0 && v < p->values; }
 /* Whether a stage's values are there and have the sizes that its kind asks for. What is read is an input or was
  * written before, and nothing is written twice: until `plan` needs them, `rounded` holds the marks. */
 static int fits(Program *p, const Stage *s, const Stage *before) {
-    if ((int)s->kind < 0 || s->kind >= KINDS || !is_value(p, s->a) || !is_value(p, s->out)) return 0;
+    if ((int)s->kind < 0 || s->kind >= KINDS || !is_value(p, s->out)) return 0;
+    if (s->kind == LOOKUP) {
+        if (s->a != -1 || s->b != -1 || s->second != -1 || s->place < 0 || s->place >= p->products || s->column < 0)
+            return 0;
+        if (p->ids < 0 || p->weights[s->place].k != p->widths[s->out]) return 0;
+        const int again = before && before->kind == LOOKUP && before->out == s->out;
+        return again ? s->column > 0 : s->column == 0 && !p->rounded[s->out]++;
+    }
+    if (!is_value(p, s->a)) return 0;
     if ((s->b != -1 && !is_value(p, s->b)) || (s->second != -1 && !is_value(p, s->second))) return 0;
     if ((s->a >= p->inputs && !p->rounded[s->a]) || (s->b >= p->inputs && !p->rounded[s->b])) return 0;
     const int end = before && before->kind == PRODUCT ? before->column + p->weights[before->place].n : 0;
@@ -894,7 +971,7 @@ static int plan(Program *p) {
             const Stage *s = step->stage < 0 ? NULL : &p->stage[step->stage];
             if (step->part == ROUND) until[step->rounded] = i;
             if (step->part == COMBINE) until[s->out] = i;
-            if (s && s->kind != PRODUCT) until[s->a] = i;
+            if (s && s->kind != PRODUCT && s->a >= 0) until[s->a] = i;
             if (s && s->b >= 0) until[s->b] = i;
         }
     for (int v = 0; v < p->values; v++) p->slot[v] = -1;
@@ -918,8 +995,8 @@ static int plan(Program *p) {
 static Status create(const CustomOp *op, Api api, const void *info, void **kernel) {
     (void)op;
     Program *p = calloc(1, sizeof *p);
-    int *stages = NULL, *weights = NULL, *attentions = NULL, *lengths = NULL;
-    int stage_ints = 0, weight_ints = 0, attention_ints = 0, length_ints = 0;
+    int *stages = NULL, *weights = NULL, *attentions = NULL, *lengths = NULL, *ids = NULL;
+    int stage_ints = 0, weight_ints = 0, attention_ints = 0, length_ints = 0, id_ints = 0;
     float *epsilons = NULL, *factors = NULL;
     Files files = {NULL, 0};
     const char *const unfit = "Fused: the node's attributes do not fit together";
@@ -932,6 +1009,8 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if ((status = read_ints(api, info, "weights", &weights, &weight_ints))) goto failed;
     if ((status = read_ints(api, info, "attentions", &attentions, &attention_ints))) goto failed;
     if ((status = read_ints(api, info, "lengths", &lengths, &length_ints))) goto failed;
+    if ((status = read_ints(api, info, "ids", &ids, &id_ints))) goto failed;
+    p->ids = id_ints ? ids[0] : -1;
     p->attentions = attention_ints / ATTENTION_INTS;
     size_t factor_count = FACTORS * (size_t)p->attentions;
     factors = calloc(factor_count + 1, sizeof *factors);
@@ -943,10 +1022,11 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     p->rounded = calloc(p->values + 1, sizeof(int));
     p->slot = calloc(p->values + 1, sizeof(int)), p->slot_width = calloc(p->values + 1, sizeof(int));
     p->stage = calloc(p->stages + 1, sizeof *p->stage);
+    p->table = calloc(p->products + 1, sizeof *p->table);
     p->weights = calloc(p->products + 1, sizeof *p->weights);
     p->step = calloc(3 * p->stages + 1, sizeof *p->step), p->phase = calloc(3 * p->stages + 1, sizeof *p->phase);
     if (!factors || !p->keeping || !p->turning || !epsilons || !p->rounded || !p->slot || !p->slot_width || !p->stage ||
-        !p->weights || !p->step || !p->phase) {
+        !p->table || !p->weights || !p->step || !p->phase) {
         status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
         goto failed;
     }
@@ -957,7 +1037,8 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if (p->attentions && length_ints != 2) goto failed;
     if (p->attentions) memcpy(p->lengths, lengths, sizeof p->lengths);
     if (p->attentions && (lengths[0] < 0 || lengths[1] < 0)) goto failed;
-    if (p->values < 2 || p->values > MOST || p->output_count < 1 || p->stages < 1 || p->stages > MOST ||
+    if (id_ints > 1 || (id_ints && ids[0] < 0)) goto failed;
+    if (p->values < 1 || p->values > MOST || p->output_count < 1 || p->stages < 1 || p->stages > MOST ||
         stage_ints % STAGE_INTS || weight_ints % WEIGHT_INTS || epsilon_count != (size_t)p->stages)
         goto failed;
     for (int v = 0; v < p->values; v++)
@@ -974,6 +1055,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         if (i % ATTENTION_INTS >= 6 && attentions[i] >= (int)node_inputs) goto failed;
     for (int i = 0; i < length_ints; i++)
         if (lengths[i] >= (int)node_inputs) goto failed;
+    if (p->ids >= (int)node_inputs) goto failed;
     /* Values that no stage writes are inputs, and come first. */
     p->inputs = p->values;
     for (int i = 0; i < p->stages; i++) {
@@ -981,17 +1063,27 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         if (is_value(p, from[3]) && from[3] < p->inputs) p->inputs = from[3];
         if (is_value(p, from[4]) && from[4] < p->inputs) p->inputs = from[4];
     }
-    if (p->inputs < 1 || (size_t)p->inputs > node_inputs) goto failed;
+    if ((p->inputs < 1 && p->ids < 0) || (size_t)p->inputs > node_inputs) goto failed;
     for (int i = 0; i < p->output_count; i++)
         if (p->outputs[i] < p->inputs) goto failed;
+    files = mapped_files();
     size_t packed = 0;
     for (int i = 0; i < p->products; i++) {
         ((void (*)(void *))api[RELEASE_STATUS])(status);
-        if ((status = read_weights(api, info, weights + i * WEIGHT_INTS, &p->weights[i]))) goto failed;
-        packed += aligned(packed_bytes(&p->weights[i]));
-        const size_t panel = panel_bytes(p->weights[i].k);
+        Weights *w = &p->weights[i];
+        if ((status = read_weights(api, info, weights + i * WEIGHT_INTS, w))) goto failed;
+        int looked_up = 0;
+        for (int j = 0; j < p->stages; j++)
+            looked_up |= stages[j * STAGE_INTS] == LOOKUP && stages[j * STAGE_INTS + 5] == i;
+        if ((p->table[i] = share_table(w, looked_up, &files))) {
+            const float *bias = w->bias;
+            *w = p->table[i]->weights, w->bias = bias;
+        } else {
+            packed += aligned(packed_bytes(w));
+        }
+        const size_t panel = panel_bytes(w->k);
         if (panel > p->panel) p->panel = aligned(panel);
-        p->per_row += (int64_t)p->weights[i].k * p->weights[i].n;
+        if (!looked_up) p->per_row += (int64_t)w->k * w->n;
         status = refuse(api, unfit);
     }
     if (packed && !(p->packed = aligned_alloc(64, packed))) {
@@ -999,9 +1091,9 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
         goto failed;
     }
-    files = mapped_files();
     packed = 0;
     for (int i = 0; i < p->products; i++) {
+        if (p->table[i]) continue;
         const size_t size = aligned(packed_bytes(&p->weights[i]));
         pack(&p->weights[i], &files, p->packed + packed);
         packed += size;
@@ -1038,11 +1130,11 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
         goto failed;
     }
-    free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(factors);
+    free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(ids), free(factors);
     *kernel = p;
     return NULL;
 failed:
-    free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(factors);
+    free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(ids), free(factors);
     destroy(p);
     return status;
 }

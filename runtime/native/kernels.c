@@ -335,6 +335,23 @@ void multiply(const Weights *w, const Rows8 *x, int rows, int first, int last, f
         few_rows(w, x, row, rows - row < 4 ? rows - row : 4, from, to, y, stride);
 }
 
+void lookup_row(const Weights *w, int row, float *y) {
+    const size_t tile = row / TILE, lane = row % TILE;
+    const uint8_t *codes = w->packed + tile * w->groups * group_bytes(w) + lane * 4;
+    for (int g = 0; g < w->groups; g++, codes += group_bytes(w)) {
+        float scales[TILE], zeros[TILE];
+        const int per_block = w->block / GROUP;
+        _mm256_storeu_ps(scales, scales_of(w, tile, g, per_block));
+        _mm256_storeu_ps(zeros, minus_zeros_of(w, tile, g, per_block, w->bits));
+        for (int i = 0; i < GROUP && g * GROUP + i < w->k; i++) {
+            const int word = w->bits == 8 ? i / 4 : i % 16 / 4;
+            const uint8_t byte = codes[(size_t)word * TILE * 4 + i % 4];
+            const int code = w->bits == 8 ? byte : i < 16 ? byte & 15 : byte >> 4;
+            y[g * GROUP + i] = ((float)code + zeros[lane]) * scales[lane];
+        }
+    }
+}
+
 /* y = x * gain / sqrt(mean(x²) + epsilon), of x + skip where there is one, which goes to `sum`. */
 void rms_norm(const float *x, const float *skip, const float *gain, float epsilon, int width, float *sum, float *y) {
     __m256 squares = _mm256_setzero_ps();

@@ -52,6 +52,9 @@ size_t panel_bytes(int k);
 void multiply(const Weights *w, const Rows8 *x, int rows, int first, int last, float *y, size_t stride,
               void *scratch);
 
+/* Row `row` of packed weights as k floats. */
+void lookup_row(const Weights *w, int row, float *y);
+
 /* How many columns of a product are a piece of work. */
 int column_piece(int n);
 

@@ -17,7 +17,7 @@ typedef struct {
 } ApiBase;
 
 enum { API_VERSION = 17 }; /* the first with every function below */
-enum { TYPE_ANY = 0, TYPE_FLOAT = 1, TYPE_UINT8 = 2, TYPE_INT8 = 3, TYPE_INT32 = 6, TYPE_FLOAT16 = 10 };
+enum { TYPE_ANY = 0, TYPE_FLOAT = 1, TYPE_UINT8 = 2, TYPE_INT8 = 3, TYPE_INT32 = 6, TYPE_INT64 = 7, TYPE_FLOAT16 = 10 };
 enum { VARIADIC = 2 };   /* OrtCustomOpInputOutputCharacteristic */
 enum { FAIL = 1, INVALID_ARGUMENT = 2 }; /* OrtErrorCode */
 

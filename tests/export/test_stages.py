@@ -490,6 +490,135 @@ def test_an_embedding_is_looked_up_with_the_scales_that_are_stored(zeros):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.02 * np.abs(theirs).max())
 
 
+def tied(rng, sizes, bits, half=True, k=64):
+    """ids -> rows of a table in one or two parts -> x -> a product with each part, and what they hold."""
+    constants, nodes, outputs, rows = {}, [], {}, []
+    start = 0
+    for i, (n, b) in enumerate(zip(sizes, bits, strict=True)):
+        own, _ = weights(rng, k, n, b, 32, False, half, False)
+        constants |= {f"{i}.{name}": array for name, array in own.items()}
+        constants |= {f"{i}.data": own["codes"].reshape(n, -1)}
+        scales = f"{i}.scales"
+        if half:
+            nodes.append(helper.make_node("Cast", [scales], [f"{i}.wide"], to=FLOAT))
+            scales = f"{i}.wide"
+        ids = "ids"
+        if len(sizes) > 1:
+            ends = {"start": start, "low": 0, "high": n - 1}
+            constants |= {f"{i}.{name}": np.array(value, np.int64) for name, value in ends.items()}
+            nodes.append(helper.make_node("Sub", ["ids", f"{i}.start"], [f"{i}.moved"]))
+            nodes.append(helper.make_node("Clip", [f"{i}.moved", f"{i}.low", f"{i}.high"], [f"{i}.ids"]))
+            ids = f"{i}.ids"
+        rows.append("x" if len(sizes) == 1 else f"{i}.rows")
+        options = {"bits": b, "block_size": 32, "quantize_axis": 1, "domain": CONTRIB}
+        inputs = [f"{i}.data", ids, scales]
+        nodes.append(helper.make_node("GatherBlockQuantized", inputs, [rows[-1]], **options))
+        start += n
+    if len(sizes) > 1:
+        constants |= {"border": np.array(sizes[0], np.int64), "axis": np.array([-1], np.int64)}
+        nodes.append(helper.make_node("Less", ["ids", "border"], ["below"]))
+        nodes.append(helper.make_node("Unsqueeze", ["below", "axis"], ["column"]))
+        nodes.append(helper.make_node("Where", ["column", *rows], ["x"]))
+    for i, (n, b) in enumerate(zip(sizes, bits, strict=True)):
+        names = {name: f"{i}.{name}" for name in ("codes", "scales")}
+        inputs = ["x", names["codes"], f"{i}.wide" if half else names["scales"]]
+        options = {"K": k, "N": n, "bits": b, "block_size": 32, "accuracy_level": 4, "domain": CONTRIB}
+        nodes.append(helper.make_node("MatMulNBits", inputs, [f"y{i}"], **options))
+        outputs[f"y{i}"] = ["b", "s", n]
+    return model_of(nodes, {"ids": (TensorProto.INT64, ["b", "s"])}, outputs, constants)
+
+
+TIED = [((40,), (8,)), ((19,), (4,)), ((16, 30), (8, 4)), ((24, 9), (4, 4))]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("sizes, bits", TIED)
+def test_a_tied_embedding_is_looked_up_where_it_is_packed(sizes, bits, half):
+    rng = np.random.default_rng(23)
+    model = tied(rng, sizes, bits, half)
+    proto = fused(model, {"x": 64})
+    assert [node.op_type for node in proto.graph.node] == ["Fused"]
+    ids = np.stack([np.arange(sum(sizes)), rng.permutation(sum(sizes))])
+    run = session(proto)
+    theirs, ours = session(model).run(None, {"ids": ids}), run.run(None, {"ids": ids})
+    for expected, actual in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+    outside = np.array([[-1, sum(sizes), -(2**62), 2**62, 0]])  # whoever feeds a graph checks; no crash
+    rows = run.run(None, {"ids": outside})[0][0]
+    assert not rows[:4].any() and rows[4].any()
+
+
+def test_rows_are_those_of_the_table_to_the_last_bit():
+    """Through products with unit vectors, whose sums nothing is rounded in."""
+    rng = np.random.default_rng(29)
+    table, dense = weights(rng, 32, 40, 8, 32, False, True, False)
+    unit = {"unit.codes": np.full((32, 1, 32), 128, np.uint8), "unit.scales": np.ones((32, 1), np.float32)}
+    unit["unit.codes"][np.arange(32), 0, np.arange(32)] = 129
+    constants = table | unit | {"data": table["codes"].reshape(40, -1)}
+    gather = {"bits": 8, "block_size": 32, "quantize_axis": 1, "domain": CONTRIB}
+    nodes = [
+        helper.make_node("Cast", ["scales"], ["wide"], to=FLOAT),
+        helper.make_node("GatherBlockQuantized", ["data", "ids", "wide"], ["x"], **gather),
+        helper.make_node(
+            "MatMulNBits", ["x", "codes", "wide"], ["y"], K=32, N=40, bits=8, block_size=32, domain=CONTRIB
+        ),
+        helper.make_node("Add", ["x", "x"], ["twice"]),
+        *product(32, 32, 8, 32, unit, "twice", "z", "unit."),
+    ]
+    ids = {"ids": (TensorProto.INT64, ["b", "s"])}
+    proto = fused(
+        model_of(nodes, ids, {"twice": ["b", "s", 32], "y": ["b", "s", 40], "z": ["b", "s", 32]}, constants),
+        {"x": 32},
+    )
+    assert [node.op_type for node in proto.graph.node] == ["Fused"]
+    (found,) = session(proto).run(["twice"], {"ids": np.arange(40)[None]})
+    np.testing.assert_array_equal(found[0], 2 * dense.astype(np.float32))
+
+
+def test_an_embedding_with_other_numbers_than_the_head_keeps_its_own():
+    model = tied(np.random.default_rng(31), (40,), (8,))
+    (data,) = [tensor for tensor in model.graph.initializer if tensor.name == "0.data"]
+    data.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(data) ^ 1, "0.data"))
+    assert "GatherBlockQuantized" in [node.op_type for node in fused(model, {"x": 64}).graph.node]
+
+
+def test_a_table_outlives_the_session_that_packed_it():
+    """Sessions of one process have their own tables, and nodes of one session share them."""
+    model = tied(np.random.default_rng(37), (16, 30), (8, 4))
+    proto, ids = fused(model, {"x": 64}), {"ids": np.arange(46)[None]}
+    first, second = session(proto), session(proto)
+    expected = first.run(None, ids)
+    del first
+    for got, wanted in zip(second.run(None, ids), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "name, place, value",
+    [
+        ("ids", 0, 99),
+        ("ids", 0, -1),
+        ("ids", None, None),  # nothing to look up by
+        ("stages", 5, 9),  # weights that there are not
+        ("stages", 1, 0),
+        ("stages", 6, 3),  # no part begins with the first token
+        ("stages", 13, -1),
+        ("widths", 0, 32),
+    ],
+)
+def test_a_lookup_that_does_not_fit_is_refused(name, place, value):
+    proto = fused(tied(np.random.default_rng(2), (16, 30), (8, 4)), {"x": 64})
+    (attribute,) = [a for a in proto.graph.node[0].attribute if a.name == name]
+    assert list(attribute.ints)
+    if place is None:
+        del attribute.ints[:]
+    else:
+        assert attribute.ints[place] != value
+        attribute.ints[place] = value
+    with pytest.raises(Exception, match=r"Fused|Invalid"):
+        session(proto).run(None, {"ids": np.zeros((1, 1), np.int64)})
+
+
 def side_by_side(rng, widths, k=96):
     """x -> a product for each width -> Concat -> y, and what the products hold."""
     nodes, constants = [], {}
