@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from gemini.errors import UsageError
 from gemini.runtime.background import Background
 
 if TYPE_CHECKING:
@@ -32,13 +33,16 @@ def load(
     threads: int | None = None,
     verify: bool = True,
     spinning: bool = True,
+    skip_tokenizer: bool = False,
 ) -> Session:
     """Open a bundle for its task.
 
     ``device`` is "auto", "cpu" or "cuda", which needs a bundle with graphs in half precision (compress
     --gpu); "auto" takes the CPU without them. ``threads`` defaults to what the cgroup and the affinity mask
     allow; ``verify=False`` skips hashing the files (paths, sizes and the manifest are always checked);
-    ``spinning=False`` trades speed for idle cores between operators. Raises BundleError or DeviceError.
+    ``spinning=False`` trades speed for idle cores between operators. ``skip_tokenizer=True`` does not read the
+    tokenizer of a text generator, for who has token ids and wants them back: it takes longer than opening the
+    graph. Raises BundleError or DeviceError.
     """
     from gemini.runtime.bundle import hashed_meanwhile
 
@@ -49,6 +53,11 @@ def load(
         from gemini.runtime.session import open_graph
 
         family = opened.manifest.family
+        if skip_tokenizer and family != "decoder":
+            raise UsageError(
+                f"The bundle's task is {opened.manifest.task}, which has no use for skip_tokenizer.",
+                "Load it without.",
+            )
 
         def graphs() -> dict[str, Graph]:
             return {
@@ -57,7 +66,7 @@ def load(
 
         with Background(graphs) as opening:
             import_module(f"gemini.runtime.{_MODULES[family]}")
-            tokenizer = None if family == "vision" else _tokenizer(opened)
+            tokenizer = None if family == "vision" or skip_tokenizer else _tokenizer(opened)
             session = _session(opened, opening.result(), tokenizer)
         trim_heap()
         return session
@@ -73,6 +82,10 @@ def _tokenizer(bundle: Bundle) -> TextTokenizer:
 
 def _session(bundle: Bundle, graphs: Mapping[str, Graph], tokenizer: TextTokenizer | None) -> Session:
     family, task = bundle.manifest.family, bundle.manifest.task
+    if family == "decoder":
+        from gemini.runtime.text import TextGenerator
+
+        return TextGenerator(bundle, graphs[family], tokenizer)
     if tokenizer is None:
         from gemini.runtime.vision import ImageClassifier
 
@@ -81,10 +94,6 @@ def _session(bundle: Bundle, graphs: Mapping[str, Graph], tokenizer: TextTokeniz
         from gemini.runtime.seq2seq import Seq2SeqGenerator
 
         return Seq2SeqGenerator(bundle, graphs, tokenizer)
-    if family == "decoder":
-        from gemini.runtime.text import TextGenerator
-
-        return TextGenerator(bundle, graphs[family], tokenizer)
     from gemini.runtime.encoder import Embedder, TextClassifier
 
     kind = Embedder if task == "feature-extraction" else TextClassifier

@@ -46,14 +46,15 @@ Speculate: TypeAlias = "Literal['lookup'] | TextGenerator | None"
 class TextGenerator:
     """A session for text generation. Every generation has its own cache, so several may be in flight."""
 
-    def __init__(self, bundle: Bundle, graph: Graph, tokenizer: TextTokenizer) -> None:
+    def __init__(self, bundle: Bundle, graph: Graph, tokenizer: TextTokenizer | None) -> None:
+        """``tokenizer=None``: token ids alone go in and come out."""
         model = bundle.manifest.model
         if not isinstance(model, DecoderModel):
             raise damaged("the manifest describes no decoder")
         check_graph(graph, model)
         self.bundle, self.graph, self.model = bundle, graph, model
         self.device, self.threads = graph.device, graph.threads
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.eos = frozenset(bundle.manifest.generation.eos_token_ids)
         try:
             make_options(bundle.manifest.generation.defaults, {})
@@ -62,6 +63,16 @@ class TextGenerator:
         self._live, self._costs = LiveDecoders(), StepCosts()
         self._prefixes: PrefixCache | None = None
         self._benchmark: Decoder | None = None
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """RequestError if the bundle was loaded without it."""
+        if self._tokenizer is None:
+            raise RequestError(
+                "This bundle was loaded without its tokenizer.",
+                "Give token ids (generate_ids, decoder, logits), or load it without skip_tokenizer.",
+            )
+        return self._tokenizer
 
     def generate(
         self,
