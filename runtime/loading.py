@@ -40,9 +40,9 @@ def load(
     ``device`` is "auto", "cpu" or "cuda", which needs a bundle with graphs in half precision (compress
     --gpu); "auto" takes the CPU without them. ``threads`` defaults to what the cgroup and the affinity mask
     allow; ``verify=False`` skips hashing the files (paths, sizes and the manifest are always checked);
-    ``spinning=False`` trades speed for idle cores between operators. ``skip_tokenizer=True`` does not read the
-    tokenizer of a text generator, for who has token ids and wants them back: it takes longer than opening the
-    graph. Raises BundleError or DeviceError.
+    ``spinning=False`` trades speed for idle cores between operators. ``skip_tokenizer=True`` leaves out the
+    tokenizer of a text generator, for who has token ids and wants them back: reading it takes longer than
+    opening the graph. Raises BundleError or DeviceError.
     """
     from gemini.runtime.bundle import hashed_meanwhile
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gemini.errors import BundleError, RequestError
+from gemini.errors import BundleError, RequestError, UsageError
 from gemini.runtime import Embedder, TextClassifier, encoder, load
 from gemini.runtime.encoder import scores
 
@@ -111,3 +111,8 @@ def test_unknown_encoder_inputs_are_refused(new_encoder):
 def test_a_graph_with_other_inputs_than_the_manifest_is_refused(new_encoder):
     with pytest.raises(BundleError, match="token_type_ids"):
         load(new_encoder("feature-extraction", inputs=["input_ids", "attention_mask"]).path)
+
+
+def test_only_text_generators_are_loaded_without_a_tokenizer(new_encoder):
+    with pytest.raises(UsageError, match="no use for skip_tokenizer"):
+        load(new_encoder("feature-extraction").path, skip_tokenizer=True)

@@ -211,6 +211,10 @@ def test_without_its_tokenizer_a_bundle_takes_and_gives_token_ids(shared_toy):
     whole, bare = load(shared_toy.path), load(shared_toy.path, skip_tokenizer=True)
     options = GenerationOptions(max_new_tokens=6)
     assert bare.generate_ids([[1, 2, 3]], options) == whole.generate_ids([[1, 2, 3]], options)
-    for use in (lambda: bare.generate("the sea"), lambda: list(bare.stream("the sea")), lambda: bare.tokenizer):
+    for use in (
+        lambda: bare.generate("the sea"),
+        lambda: list(bare.stream("the sea")),
+        lambda: bare.tokenizer,
+    ):
         with pytest.raises(RequestError, match="without its tokenizer"):
             use()

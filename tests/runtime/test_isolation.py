@@ -104,7 +104,9 @@ print(*sorted(set(sys.modules) - before), sep="\\n")
     added = python(code).split()
     # Modules and not seconds, which depend on the machine; `gemini-edge bench` reports the time of a start.
     own = {name for name in added if name.split(".")[0] == "gemini"}
-    assert own == {"gemini"} | {f"gemini.{m}" for m in ("errors", "runtime", "runtime.background", "runtime.loading")}
+    assert own == {"gemini"} | {
+        f"gemini.{m}" for m in ("errors", "runtime", "runtime.background", "runtime.loading")
+    }
     assert {name.split(".")[0] for name in added} - {"gemini"} <= sys.stdlib_module_names
 
 
