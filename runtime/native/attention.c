@@ -125,11 +125,11 @@ static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], co
         }
 }
 
-void attend(const Attention *a, const Heads *heads, const float *const queries[4], const int positions[4], int count,
-            int first, int last, Partial out[4]) {
+void attend(const Attention *a, const Heads *heads, const float *const queries[], const int positions[], int count,
+            int first, int last, const Partial out[]) {
     const int dim = a->dim;
-    float wide[KEYS * MOST_DIM], query[4 * MOST_DIM], totals[4 * MOST_DIM], scores[4][KEYS];
-    float largest[4], sums[4] = {0};
+    float wide[KEYS * MOST_DIM], query[QUERIES * MOST_DIM], totals[QUERIES * MOST_DIM];
+    float scores[QUERIES][KEYS], largest[QUERIES], sums[QUERIES] = {0};
     for (int q = 0; q < count; q++) {
         const float *const from = queries[q];
         for (int d = 0; d < dim; d++)
@@ -137,7 +137,7 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[4
                 from[d] * a->scale * (heads->key_scales ? heads->key_scales[d * heads->key_step] : 1.0f);
         largest[q] = -INFINITY;
     }
-    memset(totals, 0, sizeof(float) * 4 * dim);
+    memset(totals, 0, sizeof(float) * count * dim);
     for (int at = first; at < last; at += KEYS) {
         const int some = last - at < KEYS ? last - at : KEYS;
         const size_t size = size_of(heads->kind), offset = size * at * dim;
@@ -154,11 +154,14 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[4
                      .left = row * (next < KEYS ? next : KEYS),
                      .each = 4 * row};
         const float *const keys = widen((const char *)heads->keys + offset, heads->kind, some * dim, wide);
-        switch (count) {
-        case 1: score(query, 1, keys, some, dim, scores, &soon); break;
-        case 2: score(query, 2, keys, some, dim, scores, &soon); break;
-        case 3: score(query, 3, keys, some, dim, scores, &soon); break;
-        default: score(query, 4, keys, some, dim, scores, &soon);
+        for (int q = 0; q < count; q += 4) {
+            const float *const from = query + q * dim;
+            switch (count - q) {
+            case 1: score(from, 1, keys, some, dim, scores + q, &soon); break;
+            case 2: score(from, 2, keys, some, dim, scores + q, &soon); break;
+            case 3: score(from, 3, keys, some, dim, scores + q, &soon); break;
+            default: score(from, 4, keys, some, dim, scores + q, &soon);
+            }
         }
         if (a->softcap > 0)
             for (int q = 0; q < count; q++)
@@ -194,11 +197,14 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[4
             sums[q] += add_lanes(sum);
         }
         const float *const values = widen((const char *)heads->values + offset, heads->kind, some * dim, wide);
-        switch (count) {
-        case 1: mix(scores, 1, values, some, dim, totals); break;
-        case 2: mix(scores, 2, values, some, dim, totals); break;
-        case 3: mix(scores, 3, values, some, dim, totals); break;
-        default: mix(scores, 4, values, some, dim, totals);
+        for (int q = 0; q < count; q += 4) {
+            float *const to = totals + q * dim;
+            switch (count - q) {
+            case 1: mix(scores + q, 1, values, some, dim, to); break;
+            case 2: mix(scores + q, 2, values, some, dim, to); break;
+            case 3: mix(scores + q, 3, values, some, dim, to); break;
+            default: mix(scores + q, 4, values, some, dim, to);
+            }
         }
     }
     for (int q = 0; q < count; q++) {

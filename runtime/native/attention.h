@@ -7,6 +7,7 @@
 
 enum { KEYS = 64 };      /* keys that are looked at together */
 enum { MOST_DIM = 256 }; /* a head's size at the most; a multiple of 8 */
+enum { QUERIES = 16 };   /* of one head that are looked at together, so that keys and values become floats once */
 
 /* GroupQueryAttention of com.microsoft, as far as its kernels here go: no bias, no sinks. */
 typedef struct {
@@ -42,10 +43,10 @@ void rotate(float *x, const float *cosines, const float *sines, int half, int in
 void narrow(const float *x, int width, uint16_t *halves);
 void round_to_codes(const float *x, const float *scales, int step, int width, int8_t *codes);
 
-/* `count` queries, four at the most, over the keys [first, last) as far as they see them: query i those up to
+/* `count` queries, QUERIES at the most, over the keys [first, last) as far as they see them: query i those up to
  * positions[i]. The sums go on from one block of keys to the next (Milakov and Gimelshein 2018, algorithm 3). */
-void attend(const Attention *a, const Heads *heads, const float *const queries[4], const int positions[4], int count,
-            int first, int last, Partial out[4]);
+void attend(const Attention *a, const Heads *heads, const float *const queries[], const int positions[], int count,
+            int first, int last, const Partial out[]);
 
 /* One result from `parts` ones over different keys; totals (parts, dim). */
 void combine(const float *largest, const float *sums, const float *totals, int parts, int dim, float *out);

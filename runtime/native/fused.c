@@ -47,7 +47,6 @@ enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 12, FACTORS = 3, MOST =
 enum { MOST_WIDTH = 1 << 24 }; /* of weights and activations, so that no product of sizes leaves 64 bits */
 enum { MOST_PARTS = 8 };       /* that the keys of one token's attention are shared out in */
 enum { AT_A_TIME = 1 << 17 };  /* bytes, times TILE, of codes that are packed before their pages are let go of */
-enum { QUERIES = 16 };         /* of one head that are a piece of an attention over several tokens */
 enum { ALONE = 1 << 17 };      /* products of fewer multiplications are not worth a second thread */
 
 typedef struct {
@@ -259,8 +258,8 @@ static int keys_a_part(int total) {
 }
 
 /* Queries of one head, or of one token, over one part of the keys of a head. */
-static void attend_part(const Attention *a, const Heads *kept, const float *const queries[4], const int positions[4],
-                        int count, int part, Partial out[4]) {
+static void attend_part(const Attention *a, const Heads *kept, const float *const queries[], const int positions[],
+                        int count, int part, const Partial out[]) {
     const int seen = positions[count - 1] + 1, each = keys_a_part(seen);
     int first = part * each, last = first + each < seen ? first + each : seen;
     const int nearest = a->window > 0 ? (positions[0] + 1 - a->window) / KEYS * KEYS : 0;
@@ -332,12 +331,12 @@ static void run_tokens(const Run *run, const Stage *s, int piece) {
     const int head = piece / blocks % a->heads, batch = piece / blocks / a->heads, before = tokens_before(run, batch);
     const Heads kept = heads_of(keeping, &run->caches[s->place], batch, head / (a->heads / a->kv_heads));
     const int end = (block + 1) * QUERIES < run->length ? (block + 1) * QUERIES : run->length;
-    float largest[4][MOST_PARTS], sums[4][MOST_PARTS], totals[4][MOST_PARTS * MOST_DIM];
+    float largest[QUERIES][MOST_PARTS], sums[QUERIES][MOST_PARTS], totals[QUERIES][MOST_PARTS * MOST_DIM];
     for (int at = block * QUERIES, count; at < end; at += count) {
         const int each = keys_a_part(before + at + 1);
-        const float *queries[4];
-        int positions[4];
-        for (count = 0; count < 4 && at + count < end; count++) {
+        const float *queries[QUERIES];
+        int positions[QUERIES];
+        for (count = 0; at + count < end; count++) {
             const int row = batch * run->length + at + count;
             positions[count] = before + at + count;
             if (keys_a_part(positions[count] + 1) != each) break;
@@ -345,7 +344,7 @@ static void run_tokens(const Run *run, const Stage *s, int piece) {
         }
         const int parts = (positions[count - 1] + each) / each;
         for (int part = 0; part < parts; part++) {
-            Partial out[4];
+            Partial out[QUERIES];
             for (int i = 0; i < count; i++)
                 out[i] = (Partial){&largest[i][part], &sums[i][part], totals[i] + part * a->dim};
             attend_part(a, &kept, queries, positions, count, part, out);
