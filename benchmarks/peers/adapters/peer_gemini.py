@@ -14,10 +14,7 @@ class Gemini:
         session: Any = load(path, device, threads, skip_tokenizer=True)
         self._session = session
         self.versions = versions_of("gemini-edge", "onnxruntime", "numpy")
-        files = session.bundle.manifest.files
-        self.bytes_per_token: int | None = sum(
-            entry.size for name, entry in files.items() if name.endswith(".onnx.data")
-        )
+        self.bytes_per_token: int | None = session.bundle.weight_bytes
 
     def prepare(self, batch: int, length: int) -> None:
         pass
