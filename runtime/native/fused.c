@@ -906,10 +906,19 @@ static void destroy(void *kernel) {
 
 static int is_value(const Program *p, int v) { return v >= 0 && v < p->values; }
 
+/* The column that the next stage has to begin with, where a product has written a part of a value; 0: none. */
+static int next_column(const Program *p, const Stage *s) {
+    if (!s || s->kind != PRODUCT) return 0;
+    const int end = s->column + p->weights[s->place].n;
+    return end < p->widths[s->out] ? end : 0;
+}
+
 /* Whether a stage's values are there and have the sizes that its kind asks for. What is read is an input or was
  * written before, and nothing is written twice: until `plan` needs them, `rounded` holds the marks. */
 static int fits(Program *p, const Stage *s, const Stage *before) {
     if ((int)s->kind < 0 || s->kind >= KINDS || !is_value(p, s->out)) return 0;
+    const int column = next_column(p, before);
+    if (column && (s->kind != PRODUCT || s->a != before->a || s->out != before->out || s->column != column)) return 0;
     if (s->kind == LOOKUP) {
         if (s->a != -1 || s->b != -1 || s->second != -1 || s->place < 0 || s->place >= p->products || s->column < 0)
             return 0;
@@ -920,14 +929,11 @@ static int fits(Program *p, const Stage *s, const Stage *before) {
     if (!is_value(p, s->a)) return 0;
     if ((s->b != -1 && !is_value(p, s->b)) || (s->second != -1 && !is_value(p, s->second))) return 0;
     if ((s->a >= p->inputs && !p->rounded[s->a]) || (s->b >= p->inputs && !p->rounded[s->b])) return 0;
-    const int end = before && before->kind == PRODUCT ? before->column + p->weights[before->place].n : 0;
-    const int goes_on = end && end < p->widths[before->out]; /* with more columns of the same value */
-    if (goes_on && (s->kind != PRODUCT || s->a != before->a || s->out != before->out || s->column != end)) return 0;
-    if (s->second == s->out || (p->rounded[s->out]++ && !goes_on) || (s->second >= 0 && p->rounded[s->second]++)) return 0;
+    if (s->second == s->out || (p->rounded[s->out]++ && !column) || (s->second >= 0 && p->rounded[s->second]++)) return 0;
     const int in = p->widths[s->a], out = p->widths[s->out];
     if (s->kind == PRODUCT) {
         if (s->place < 0 || s->place >= p->products || s->b != -1 || s->second != -1) return 0;
-        if (!goes_on && s->column) return 0;
+        if (!column && s->column) return 0;
         return p->weights[s->place].k == in && p->weights[s->place].n <= out - s->column;
     }
     if (s->kind == ATTENTION) {
@@ -1129,8 +1135,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         const int *from = stages + i * STAGE_INTS;
         *s = (Stage){from[0], from[1], from[2], from[3], from[4], from[5], from[6], NULL, NULL, epsilons[i]};
         if (!fits(p, s, i ? s - 1 : NULL)) goto failed;
-        if (s->kind == PRODUCT && i == p->stages - 1 && s->column + p->weights[s->place].n < p->widths[s->out])
-            goto failed;
+        if (i == p->stages - 1 && next_column(p, s)) goto failed;
         if (s->kind != NORM && s->kind != CENTRED_NORM) continue;
         const void *gain, *bias = NULL;
         const size_t width = p->widths[s->out];

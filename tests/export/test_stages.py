@@ -14,7 +14,7 @@ from gemini.compress.apply import run_recipe
 from gemini.compress.recipe import load_recipe
 from gemini.export import exporter, stages
 from gemini.export.exporter import export_checkpoint
-from gemini.export.stages import DOMAIN, fuse_stages, known_shapes
+from gemini.export.stages import DOMAIN, LOOKUP, PRODUCT, fuse_stages, known_shapes
 from gemini.export.verify import DecoderRun, open_graph
 from gemini.runtime import kernels
 from gemini.runtime.schema import LayerShape
@@ -658,6 +658,22 @@ def test_columns_that_do_not_follow_each_other_are_refused(place, value):
     (attribute,) = [a for a in proto.graph.node[0].attribute if a.name == "stages"]
     assert attribute.ints[place] != value
     attribute.ints[place] = value
+    with pytest.raises(Exception, match="Fused"):
+        session(proto)
+
+
+def test_a_lookup_does_not_hide_that_columns_are_missing():
+    proto = fused(tied(np.random.default_rng(2), (16, 30), (8, 4)), {"x": 64})
+    attributes = {a.name: a.ints for a in proto.graph.node[0].attribute}
+    stages, widths = list(attributes["stages"]), attributes["widths"]
+    product, lookup, value = stages[14:21], stages[7:14], len(widths)
+    assert product[0] == PRODUCT and lookup[0] == LOOKUP and product[3] == 1
+    widths[1] += 8  # of the product's result, of which the last columns are written by nobody
+    widths.append(64)
+    attributes["stages"][:] = [*stages[:21], *lookup[:3], value, -1, lookup[5], 0, *stages[21:]]
+    for a in proto.graph.node[0].attribute:
+        if a.name == "epsilons":
+            a.floats.append(0.0)
     with pytest.raises(Exception, match="Fused"):
         session(proto)
 
