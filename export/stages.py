@@ -1,11 +1,11 @@
 """The same graph with whole runs of nodes as one: what the runtime's own kernels compute on a CPU.
 
-Products with weights in blocks and what stands between them (norms, activations, sums, attention over kept
-keys and values) become one node, Fused of the domain gemini, whose attributes list them as stages
-(`runtime/native/fused.c`). Which nodes go together follows from the graph alone: those with the same number
+Products with weights in blocks or with one scale a column, and what stands between them (norms, activations,
+sums, attention over kept keys and values or of all tokens to each other) become one node, Fused of the
+domain gemini, whose attributes list them as stages (`runtime/native/fused.c`). Which nodes go together follows from the graph alone: those with the same number
 of other nodes behind them on the longest way from its inputs, so that no way leaves a group and comes back.
-A whole decoder is two of them: the layers, and the head behind the picking of positions. The copy stores no
-weight again.
+A whole decoder is two of them: the layers, and the head behind the picking of positions; the layers of an
+encoder are one. The copy stores no weight again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gemini.export.fusions.patterns import (
 DOMAIN = "gemini"
 BLOCKS = (32, 64, 128, 256)  # that the kernels know
 # `enum Kind` of fused.c
-PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, LOOKUP = range(11)
+PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, LOOKUP, GAIN = range(12)
 _NORMS = ("SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
 _BINARY = {"Mul": TIMES, "Add": PLUS}
 Dims = tuple[str, ...]  # each a number, or the name of an axis
@@ -54,9 +54,11 @@ class Stage:
     writes: tuple[ir.Value | None, ...]
     constants: tuple[ir.Value | None, ...] = ()
     sizes: tuple[int, ...] = ()  # last dimension of what is read and written, if the stage says it
-    packing: tuple[int, ...] = ()  # bits and block size of a product; the first six numbers of an attention
+    # bits and block size of a product (0: one scale a column); the first six numbers of an attention
+    packing: tuple[int, ...] = ()
     epsilon: float = 0.0
-    tensors: tuple[ir.Value | None, ...] = ()  # other inputs of an attention: past, tables, scales, lengths
+    # other inputs of an attention: past, tables, scales, mask, lengths
+    tensors: tuple[ir.Value | None, ...] = ()
     present: tuple[ir.Value, ...] = ()  # keys and values with the new ones
     factors: tuple[float, ...] = ()  # scale, softcap, factor of cosines and sines
     column: int = 0  # the first that a product writes, of the value that several write side by side
@@ -78,6 +80,8 @@ def fuse_stages(model: ir.Model, shapes: Shapes) -> ir.Model | None:
     """
     copy = ir.from_proto(ir.to_proto(model))
     graph = copy.graph
+    for name, value in graph.initializers.items():  # a proto does not say which folder stored ones lie in
+        value.const_value = model.graph.initializers[name].const_value
     _gather_halves(graph)
     widths = {value: width for value in _activations(graph) if (width := _last(shapes.get(value.name or "")))}
     found = _stages(graph, widths, shapes)
@@ -148,8 +152,9 @@ def _stages(graph: ir.Graph, widths: dict[ir.Value, int], shapes: Shapes) -> dic
     for node in graph:
         if node in found:
             continue
-        stage = _product(node) or _norm(node) or _silu(node, widths) or _alone(node, widths)
-        stage = stage or _binary(node, widths, shapes) or _attention(node, found, shapes)
+        stage = _product(node) or _channels(node) or _norm(node) or _gain(node, widths)
+        stage = stage or _silu(node, widths) or _alone(node, widths) or _binary(node, widths, shapes)
+        stage = stage or _attention(node, found, shapes) or _attention_to_all(node, found, shapes)
         if stage is None:
             if parts := _side_by_side(node, found, shapes):
                 found |= {n: part for part in parts for n in part.nodes}
@@ -181,6 +186,46 @@ def _product(node: ir.Node) -> Stage | None:
     return Stage(
         PRODUCT, (node,), (x,), tuple(node.outputs), (codes, scales, zeros, bias), (k, n), (bits, block)
     )
+
+
+def _channels(node: ir.Node) -> Stage | None:
+    """A product with 8-bit weights and one scale a column, whose activations become codes in this call.
+
+    The kernels find a range for each row. Ranges that were fixed in calibration serve onnxruntime alone: they
+    are no better, and save nothing here.
+    """
+    x, *constants = (*node.inputs, None, None, None, None, None, None)[:7]
+    nodes: tuple[ir.Node, ...] = (node,)
+    if (node.domain, node.op_type) == (CONTRIB, "DynamicQuantizeMatMul"):
+        codes, scales, zeros, bias = constants[:4]
+    elif (node.domain, node.op_type) == (CONTRIB, "MatMulIntegerToFloat"):
+        codes, _, scales, _, zeros, bias = constants
+        rounding = produced_by(x, "QuantizeLinear")
+        if rounding is None or only_user(x) is not node:
+            return None
+        x, nodes = rounding.inputs[0], (rounding, node)
+    else:
+        return None
+    stored = None if codes is None else codes.const_value
+    points = constant(zeros)
+    if x is None or _is_constant(x) or stored is None or stored.dtype != ir.DataType.INT8 or scales is None:
+        return None
+    k, n = stored.shape.numpy()
+    if not _is_vector(scales) or _size(scales) != n or (bias is not None and not _is_vector(bias)):
+        return None
+    if zeros is not None and (points is None or np.any(points)):
+        return None
+    return Stage(PRODUCT, nodes, (x,), tuple(node.outputs), (codes, scales, None, bias), (k, n), (8, 0))
+
+
+def _gain(node: ir.Node, widths: dict[ir.Value, int]) -> Stage | None:
+    """An activation times a number a channel."""
+    if node.op_type != "Mul" or node.domain:
+        return None
+    for value, gain in (node.inputs, node.inputs[::-1]):
+        if value in widths and gain is not None and _is_vector(gain) and _size(gain) == widths[value]:
+            return Stage(GAIN, (node,), (value,), tuple(node.outputs), (gain, None))
+    return None
 
 
 def _side_by_side(node: ir.Node, found: Mapping[ir.Node, Stage], shapes: Shapes) -> list[Stage]:
@@ -418,9 +463,51 @@ def _attention(node: ir.Node, found: Mapping[ir.Node, Stage], shapes: Shapes) ->
             max(0, number.get("local_window_size", 0)),
             0 if frequencies is None else _size(frequencies),
         ),
-        tensors=(*others, *(inputs[i] for i in _LENGTHS)),
+        tensors=(*others, None, *(inputs[i] for i in _LENGTHS)),
         present=tuple(node.outputs[1:3]),
         factors=(factor.get("scale", 0.0) or dim**-0.5, factor.get("softcap", 0.0), turned),
+    )
+
+
+def _attention_to_all(node: ir.Node, found: Mapping[ir.Node, Stage], shapes: Shapes) -> Stage | None:
+    """Attention of the tokens of a row to each other, as encoders have it, over the parts of one product."""
+    if node.op_type != "Attention" or node.domain:
+        return None
+    queries, keys, values, mask, *others = (*node.inputs, None)
+    number = {name: attribute.value for name, attribute in node.attributes.items()}
+    heads, kv_heads = number.pop("q_num_heads", 0), number.pop("kv_num_heads", 0)
+    scale = number.pop("scale", 0.0)
+    split = produced_by(queries, "Split")
+    if split is None or any(number.values()) or any(value is not None for value in others) or not heads:
+        return None
+    packed = split.inputs[0]
+    source = None if packed is None else packed.producer()
+    parts = (queries, keys, values)
+    width = [_last(shapes.get(value.name or "")) for value in parts if value is not None]
+    dim = width[0] // heads if width else 0
+    if (
+        tuple(split.outputs) != parts
+        or packed is None
+        or source not in found
+        or only_user(packed) is not split
+        or any(only_user(value) is not node for value in split.outputs)
+        or any(value.name and value.uses() for value in node.outputs[1:])
+        or len(shapes.get(packed.name or "", ())) != 3
+        or width != [heads * dim, kv_heads * dim, kv_heads * dim]
+        or dim % 8
+        or not 8 <= dim <= _WIDEST_HEAD
+        or (mask is not None and len(shapes.get(mask.name or "", ())) != 4)  # float32, as our twins write it
+    ):
+        return None
+    return Stage(
+        ATTENTION,
+        (split, node),
+        (packed,),
+        tuple(node.outputs[:1]),
+        sizes=(sum(width), width[0]),
+        packing=(heads, kv_heads, dim, 0, 0, 0),
+        tensors=(*[None] * 6, mask, None, None),
+        factors=(scale or dim**-0.5, 0.0, 1.0),
     )
 
 
@@ -582,7 +669,7 @@ def _replace(
                 ],
             ),
             ir.AttrFloat32s("factors", [number for stage in attentions for number in stage.factors]),
-            ir.AttrInt64s("lengths", tensors[0][-2:] if tensors else []),
+            ir.AttrInt64s("lengths", [place for place in tensors[0][-2:] if place >= 0] if tensors else []),
             ir.AttrInt64s("ids", ids[:1]),
         ],
         num_outputs=len(outputs) + len(kept),

@@ -101,9 +101,9 @@ static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], co
 #pragma GCC unroll 4
         for (int q = 0; q < n; q++)
             t[q][0] = _mm256_loadu_ps(totals + q * dim + d), t[q][1] = _mm256_loadu_ps(totals + q * dim + d + 8);
-        for (int j = 0; j < count; j++) {
-            const __m256 v0 = _mm256_loadu_ps(values + (size_t)j * dim + d);
-            const __m256 v1 = _mm256_loadu_ps(values + (size_t)j * dim + d + 8);
+        const float *value = values + d;
+        for (int j = 0; j < count; j++, value += dim) {
+            const __m256 v0 = _mm256_loadu_ps(value), v1 = _mm256_loadu_ps(value + 8);
 #pragma GCC unroll 4
             for (int q = 0; q < n; q++) {
                 const __m256 w = _mm256_broadcast_ss(&weights[q][j]);
@@ -125,16 +125,24 @@ static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], co
         }
 }
 
-void attend(const Attention *a, const Heads *heads, const float *const queries[], const int positions[], int count,
-            int first, int last, const Partial out[]) {
+static inline void add_numbers(const float *numbers, int count, float *to) {
+    int i = 0;
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_add_ps(_mm256_loadu_ps(to + i), _mm256_loadu_ps(numbers + i)));
+    for (; i < count; i++) to[i] += numbers[i];
+}
+
+void attend(const Attention *a, const Heads *heads, const float *const queries[], const int positions[],
+            const float *const masks[], int count, int first, int last, const Partial out[]) {
     const int dim = a->dim;
     float wide[KEYS * MOST_DIM], query[QUERIES * MOST_DIM], totals[QUERIES * MOST_DIM];
     float scores[QUERIES][KEYS], largest[QUERIES], sums[QUERIES] = {0};
     for (int q = 0; q < count; q++) {
-        const float *const from = queries[q];
-        for (int d = 0; d < dim; d++)
-            query[q * dim + d] =
-                from[d] * a->scale * (heads->key_scales ? heads->key_scales[d * heads->key_step] : 1.0f);
+        const __m256 scale = _mm256_set1_ps(a->scale);
+        for (int d = 0; d < dim; d += 8)
+            _mm256_storeu_ps(query + q * dim + d, _mm256_mul_ps(_mm256_loadu_ps(queries[q] + d), scale));
+        for (int d = 0; heads->key_scales && d < dim; d++)
+            query[q * dim + d] *= heads->key_scales[d * heads->key_step];
         largest[q] = -INFINITY;
     }
     memset(totals, 0, sizeof(float) * count * dim);
@@ -166,6 +174,7 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
         if (a->softcap > 0)
             for (int q = 0; q < count; q++)
                 for (int j = 0; j < some; j++) scores[q][j] = a->softcap * tanhf(scores[q][j] / a->softcap);
+        for (int q = 0; masks && q < count; q++) add_numbers(masks[q] + at, some, scores[q]);
         for (int q = 0; q < count; q++) {
             /* Keys [from, to) of these are what the query sees. */
             int to = positions[q] + 1 - at, from = a->window > 0 ? positions[q] + 1 - a->window - at : 0;

@@ -44,9 +44,10 @@ void narrow(const float *x, int width, uint16_t *halves);
 void round_to_codes(const float *x, const float *scales, int step, int width, int8_t *codes);
 
 /* `count` queries, QUERIES at the most, over the keys [first, last) as far as they see them: query i those up to
- * positions[i]. The sums go on from one block of keys to the next (Milakov and Gimelshein 2018, algorithm 3). */
-void attend(const Attention *a, const Heads *heads, const float *const queries[], const int positions[], int count,
-            int first, int last, const Partial out[]);
+ * positions[i], with the numbers of masks[i] (NULL: none) added to their scores. The sums go on from one block of
+ * keys to the next (Milakov and Gimelshein 2018, algorithm 3). */
+void attend(const Attention *a, const Heads *heads, const float *const queries[], const int positions[],
+            const float *const masks[], int count, int first, int last, const Partial out[]);
 
 /* One result from `parts` ones over different keys; totals (parts, dim). */
 void combine(const float *largest, const float *sums, const float *totals, int parts, int dim, float *out);

@@ -2,7 +2,7 @@
  *
  * onnxruntime hands each node to its threads anew, and most of what a decoder does for one token is too short for
  * that. Here the threads stay for a whole list of stages. Stages are grouped into phases: in some every row of
- * activations goes its own way (norms, activations, rounding to 8 bits), in the others columns of products are
+ * activations goes its own way (norms, activations, rounding to codes), in the others columns of products are
  * shared out. A thread takes pieces of a phase until none is left and goes on when all are done; since nobody
  * waits for a piece that no running thread has taken, it does not matter how many threads come, or when.
  *
@@ -11,19 +11,22 @@
  *   outputs  which values are the node's outputs, in their order
  *   stages   (stages, 7): kind, two values read (-1: none), value written, second value written (-1: none), and
  *            for a product its place in `weights` and the first column that it writes (what several products write
- *            side by side they write one after the other), for a norm the inputs that hold its gain and bias (-1:
- *            none), for a lookup its place in `weights` and the first token that is looked up there
- *   weights  (products, 8): inputs that hold codes, scales, zero points, bias (-1: none), K, N, bits, block size
+ *            side by side they write one after the other), for a norm or gain the inputs that hold its gain and bias
+ *            (-1: none), for a lookup its place in `weights` and the first token that is looked up there
+ *   weights  (products, 8): inputs that hold codes, scales, zero points, bias (-1: none), K, N, bits, block size (0:
+ *            one scale a column, codes as DynamicQuantizeMatMul has them)
  *   epsilons (stages): of norms
- *   attentions (attentions, 12): heads, heads of keys, a head's size, rotary (0 none, 1 halves, 2 pairs), window (0
- *            none), how many frequencies (0: tables), inputs that hold past keys and values, cosines and sines or
- *            frequencies (-1: none), scales of codes (-1: none)
+ *   attentions (attentions, 13): heads, heads of keys, a head's size, rotary (0 none, 1 halves, 2 pairs), window (0
+ *            none), how many frequencies (0: tables), inputs that hold past keys and values (-1: nothing is kept, and
+ *            every token sees all of its row), cosines and sines or frequencies (-1: none), scales of codes (-1:
+ *            none), what is added to scores where nothing is kept (-1: nothing)
  *   factors  (attentions, 3): scale of scores, what they are capped at (0: nothing), what cosines and sines of
  *            positions times frequencies are times
  *   ids      the input that holds the tokens that lookups are for, (batch, sequence) int64, or nothing
- *   lengths  inputs that hold seqlens_k and total_sequence_length, as GroupQueryAttention has them
- * The outputs after those of `outputs` are keys and values with the new ones, two an attention. A value that
- * attention reads is queries, keys and values side by side, and is turned in place.
+ *   lengths  inputs that hold seqlens_k and total_sequence_length, as GroupQueryAttention has them; none where
+ *            attentions keep nothing
+ * The outputs after those of `outputs` are keys and values with the new ones, two an attention that keeps them. A
+ * value that attention reads is queries, keys and values side by side, and is turned in place.
  */
 #include <math.h>
 #include <pthread.h>
@@ -39,14 +42,16 @@
 #endif
 
 #include "attention.h"
+#include "channels.h"
 #include "kernels.h"
 #include "ort.h"
 
-enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, LOOKUP, KINDS };
-enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 12, FACTORS = 3, MOST = 4096 };
+enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, LOOKUP, GAIN, KINDS };
+enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 13, FACTORS = 3, MOST = 4096 };
 enum { MOST_WIDTH = 1 << 24 }; /* of weights and activations, so that no product of sizes leaves 64 bits */
 enum { MOST_PARTS = 8 };       /* that the keys of one token's attention are shared out in */
 enum { AT_A_TIME = 1 << 17 };  /* bytes, times TILE, of codes that are packed before their pages are let go of */
+enum { AT_ONCE = 128 };        /* rows that go through all stages together, where others do not matter to them */
 enum { ALONE = 1 << 17 };      /* products of fewer multiplications are not worth a second thread */
 
 typedef struct {
@@ -65,11 +70,11 @@ typedef struct {
     int first, count; /* of its steps */
 } Phase;
 
-/* What is done in a phase: a stage, one end of an attention, or the rounding of a value to 8 bits. */
-enum Part { WHOLE, STORE, COMBINE, ROUND };
+/* What is done in a phase: a stage, one end of an attention, or the rounding of a value, in groups or by rows. */
+enum Part { WHOLE, STORE, COMBINE, ROUND, ROUND_ROWS };
 typedef struct {
     enum Part part;
-    int stage, rounded; /* the value, for ROUND */
+    int stage, rounded; /* the value, where it is rounded */
 } Step;
 
 /* Frequencies that positions are turned by (Su et al. 2021), and what cosines and sines are times. */
@@ -86,6 +91,7 @@ typedef struct {
     int turning;            /* instead of tables; -1: none */
     const float *scales[2]; /* of codes: keys, values */
     int step[2];            /* 1: a scale a channel, 0: one in all */
+    int mask;               /* input that is added to scores; -1: none */
 } Keeping;
 
 /* Weights that several nodes read: where they were before they were packed tells that they are the same, and some
@@ -102,10 +108,12 @@ typedef struct Table {
 typedef struct {
     Api api;
     int inputs, values, output_count, stages, products, steps, phases;
-    int *widths, *outputs, *rounded; /* rounded[v]: whether v is wanted in 8 bits */
+    int *widths, *outputs;
+    int *rounded, *rounded_rows; /* whether a value is wanted in 8 bits by groups, in 7 by rows */
     int *slot, slots, *slot_width;   /* of values that lie in scratch memory; -1: an input or output */
     Stage *stage;
     Weights *weights;
+    Channels *channels; /* instead of weights with block 0 */
     uint8_t *packed; /* weights, one behind the other, but for tables */
     Table **table;   /* of those that lookups read and products of other nodes, too; else NULL */
     int ids;         /* the input; -1: none */
@@ -113,7 +121,7 @@ typedef struct {
     Phase *phase;
     size_t panel;
     int64_t per_row; /* multiplications */
-    int attentions, lengths[2];
+    int attentions, keeps, lengths[2]; /* keeps: whether attentions do, all of them or none */
     Keeping *keeping;
     int turnings;
     Turning *turning;
@@ -126,6 +134,8 @@ typedef struct {
     enum Kept kind;
     int half; /* numbers a row of a table has */
     int64_t capacity;
+    const float *mask;    /* (batch, heads, queries, keys), each or but the last as one for all; NULL: none */
+    int64_t mask_step[3]; /* from one of each to the next; 0: it is the same */
 } Cache;
 
 typedef struct {
@@ -133,12 +143,13 @@ typedef struct {
     int rows;
     float **value;
     Rows8 *rows8;
+    Rows7 *rows7;
     uint8_t *panels;
     atomic_int *next, *done, panels_taken;
     int *pieces;
     /* of attention: rows of the batch, tokens of each, the most tokens of one with those before */
     const int64_t *ids;
-    int batch, length, total;
+    int batch, length, total, first_batch;
     int parts; /* that the keys of one token are shared out in, where every row has one; else 0 */
     int offered; /* threads */
     const int32_t *lengths;
@@ -261,12 +272,12 @@ static int keys_a_part(int total) {
 
 /* Queries of one head, or of one token, over one part of the keys of a head. */
 static void attend_part(const Attention *a, const Heads *kept, const float *const queries[], const int positions[],
-                        int count, int part, const Partial out[]) {
+                        const float *const masks[], int count, int part, const Partial out[]) {
     const int seen = positions[count - 1] + 1, each = keys_a_part(seen);
     int first = part * each, last = first + each < seen ? first + each : seen;
     const int nearest = a->window > 0 ? (positions[0] + 1 - a->window) / KEYS * KEYS : 0;
     if (first < nearest) first = nearest;
-    attend(a, kept, queries, positions, count, first, last, out);
+    attend(a, kept, queries, positions, masks, count, first, last, out);
 }
 
 static Heads heads_of(const Keeping *keeping, const Cache *cache, int batch, int kv) {
@@ -319,7 +330,7 @@ static void run_token(const Run *run, const Stage *s, int piece, int fetched, in
             queries[i] = run->value[s->a] + (size_t)row * p->widths[s->a] + head * a->dim;
             out[i] = (Partial){run->largest + place, run->sums + place, run->totals + place * a->dim};
         }
-        attend_part(a, &kept, queries, positions, count, part, out);
+        attend_part(a, &kept, queries, positions, NULL, count, part, out);
         kept.fetched = 1;
     }
 }
@@ -331,16 +342,20 @@ static void run_tokens(const Run *run, const Stage *s, int piece) {
     const Attention *a = &keeping->shape;
     const int blocks = (run->length + QUERIES - 1) / QUERIES, block = piece % blocks;
     const int head = piece / blocks % a->heads, batch = piece / blocks / a->heads, before = tokens_before(run, batch);
-    const Heads kept = heads_of(keeping, &run->caches[s->place], batch, head / (a->heads / a->kv_heads));
+    const Cache *cache = &run->caches[s->place];
+    const Heads kept = heads_of(keeping, cache, batch, head / (a->heads / a->kv_heads));
+    const float *mask = cache->mask;
+    if (mask) mask += (run->first_batch + batch) * cache->mask_step[0] + head * cache->mask_step[1];
     const int end = (block + 1) * QUERIES < run->length ? (block + 1) * QUERIES : run->length;
     float largest[QUERIES][MOST_PARTS], sums[QUERIES][MOST_PARTS], totals[QUERIES][MOST_PARTS * MOST_DIM];
     for (int at = block * QUERIES, count; at < end; at += count) {
-        const int each = keys_a_part(before + at + 1);
-        const float *queries[QUERIES];
+        const int each = keys_a_part(p->keeps ? before + at + 1 : run->length);
+        const float *queries[QUERIES], *masks[QUERIES];
         int positions[QUERIES];
         for (count = 0; at + count < end; count++) {
             const int row = batch * run->length + at + count;
-            positions[count] = before + at + count;
+            positions[count] = p->keeps ? before + at + count : run->length - 1;
+            masks[count] = mask ? mask + (at + count) * cache->mask_step[2] : NULL;
             if (keys_a_part(positions[count] + 1) != each) break;
             queries[count] = run->value[s->a] + (size_t)row * p->widths[s->a] + head * a->dim;
         }
@@ -349,7 +364,7 @@ static void run_tokens(const Run *run, const Stage *s, int piece) {
             Partial out[QUERIES];
             for (int i = 0; i < count; i++)
                 out[i] = (Partial){&largest[i][part], &sums[i][part], totals[i] + part * a->dim};
-            attend_part(a, &kept, queries, positions, count, part, out);
+            attend_part(a, &kept, queries, positions, mask ? masks : NULL, count, part, out);
         }
         for (int i = 0; i < count; i++) {
             const size_t row = (size_t)batch * run->length + at + i;
@@ -364,6 +379,11 @@ static void run_step(const Run *run, const Step *step, int row) {
     if (step->part == ROUND) {
         const int v = step->rounded;
         quantize_row(run->value[v] + (size_t)row * p->widths[v], &run->rows8[v], row);
+        return;
+    }
+    if (step->part == ROUND_ROWS) {
+        const int v = step->rounded;
+        quantize_whole_row(run->value[v] + (size_t)row * p->widths[v], &run->rows7[v], row);
         return;
     }
     const Stage *s = &p->stage[step->stage];
@@ -384,6 +404,7 @@ static void run_step(const Run *run, const Step *step, int row) {
                  out);
         break;
     case CENTRED_NORM: layer_norm(a, s->gain, s->bias, s->epsilon, (int)width, out); break;
+    case GAIN: times(a, s->gain, (int)width, out); break;
     case TIMES: times(a, b, (int)width, out); break;
     case PLUS: plus(a, b, (int)width, out); break;
     case SILU: silu(a, (int)width, out); break;
@@ -405,6 +426,8 @@ static void run_step(const Run *run, const Step *step, int row) {
     }
 }
 
+static int piece_of(const Weights *w) { return w->block ? column_piece(w->n) : channel_piece(w->n); }
+
 /* Columns of the products of a phase are numbered one product after the other, in pieces of whole panels. */
 static void run_columns(const Run *run, const Phase *phase, int piece, void *panel) {
     const Program *p = run->program;
@@ -412,11 +435,13 @@ static void run_columns(const Run *run, const Phase *phase, int piece, void *pan
     for (int i = 0; i < phase->count; i++) {
         const Stage *s = &p->stage[p->step[phase->first + i].stage];
         const Weights *w = &p->weights[s->place];
-        const int size = column_piece(w->n), pieces = (w->n + size - 1) / size;
+        const int size = piece_of(w), pieces = (w->n + size - 1) / size;
         if (piece < before + pieces) {
             const int first = (piece - before) * size, last = first + size < w->n ? first + size : w->n;
             float *y = run->value[s->out] + s->column;
-            multiply(w, &run->rows8[s->a], run->rows, first, last, y, p->widths[s->out], panel);
+            const size_t stride = p->widths[s->out];
+            if (w->block) multiply(w, &run->rows8[s->a], run->rows, first, last, y, stride, panel);
+            else multiply_channels(&p->channels[s->place], &run->rows7[s->a], run->rows, first, last, y, stride);
             return;
         }
         before += pieces;
@@ -531,15 +556,138 @@ static Status find_caches(Run *run, void *context) {
     return NULL;
 }
 
+/* Looks up what is added to the scores of attentions that keep nothing. */
+static Status find_masks(Run *run, void *context) {
+    const Program *p = run->program;
+    Api api = p->api;
+    run->total = run->length;
+    for (int i = 0; i < p->attentions; i++) {
+        const Attention *a = &p->keeping[i].shape;
+        Cache *cache = &run->caches[i];
+        cache->kind = FLOATS, cache->capacity = run->length;
+        if (p->keeping[i].mask < 0) continue;
+        int64_t dims[8];
+        int type;
+        void *mask;
+        Status status = tensor_of(api, context, p->keeping[i].mask, dims, 4, &type, &mask);
+        if (status) return status;
+        if (type != TYPE_FLOAT || (dims[0] != 1 && dims[0] != run->batch) || (dims[1] != 1 && dims[1] != a->heads) ||
+            (dims[2] != 1 && dims[2] != run->length) || dims[3] != run->length)
+            return CALL(api, CREATE_STATUS, INVALID_ARGUMENT, "Fused: a mask has another shape than the scores");
+        cache->mask = mask;
+        int64_t size = dims[3];
+        for (int j = 2; j >= 0; size *= dims[j--]) cache->mask_step[j] = dims[j] == 1 ? 0 : size;
+    }
+    return NULL;
+}
+
+/* Memory for keys and values of this run alone, which all attentions use one after the other. */
+static size_t passing_size(const Program *p, int64_t rows) {
+    size_t most = 0;
+    for (int i = 0; i < p->attentions && !p->keeps; i++) {
+        const size_t width = (size_t)p->keeping[i].shape.kv_heads * p->keeping[i].shape.dim;
+        if (width > most) most = width;
+    }
+    return most * rows * sizeof(float);
+}
+
+/* Takes memory for the rows of a run, and shares out what is to be done with them. */
+static Status run_rows(Run *run, void *context) {
+    const Program *p = run->program;
+    Api api = p->api;
+    const int64_t rows = run->rows;
+    const int many = rows >= PANEL_ROWS;
+    size_t heads = 0, head_numbers = 0;
+    for (int i = 0; i < p->attentions; i++) {
+        const Attention *a = &p->keeping[i].shape;
+        if ((size_t)a->heads > heads) heads = a->heads;
+        if ((size_t)a->heads * a->dim > head_numbers) head_numbers = (size_t)a->heads * a->dim;
+    }
+    heads *= rows * run->parts, head_numbers *= rows * run->parts;
+    const size_t passing = passing_size(p, rows);
+    size_t size = aligned(sizeof(Rows8) * p->values) + aligned(sizeof(Rows7) * p->values) + 2 * aligned(passing) +
+                  3 * aligned(sizeof(int) * p->phases) + 2 * aligned(heads * sizeof(float)) +
+                  aligned(head_numbers * sizeof(float));
+    for (int s = 0; s < p->slots; s++) size += aligned(rows * p->slot_width[s] * sizeof(float));
+    for (int v = 0; v < p->values; v++) {
+        const size_t groups = (p->widths[v] + GROUP - 1) / GROUP, words = (p->widths[v] + 3) / 4;
+        if (p->rounded[v]) size += aligned(rows * groups * GROUP) + 2 * aligned(rows * groups * sizeof(float));
+        if (p->rounded_rows[v]) size += aligned(rows * words * 4) + 2 * aligned(rows * sizeof(float));
+    }
+    size += many ? aligned(p->panel) * (run->offered + 1) : 0;
+    size_t turned = 0;
+    for (int i = 0; i < p->turnings; i++) turned += 2 * (size_t)rows * p->turning[i].half;
+    size += aligned(turned * sizeof(float));
+    Arena *arena = take_arena(size);
+    if (!arena) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
+    uint8_t *at = arena->bytes;
+#define TAKE(bytes) (at += aligned(bytes), at - aligned(bytes))
+    run->rows8 = (Rows8 *)TAKE(sizeof(Rows8) * p->values);
+    run->rows7 = (Rows7 *)TAKE(sizeof(Rows7) * p->values);
+    uint8_t *const keys = TAKE(passing), *const values = TAKE(passing);
+    for (int i = 0; i < p->attentions && !p->keeps; i++) run->caches[i].kept[0] = keys, run->caches[i].kept[1] = values;
+    run->next = (atomic_int *)TAKE(sizeof(int) * p->phases);
+    run->done = (atomic_int *)TAKE(sizeof(int) * p->phases);
+    run->pieces = (int *)TAKE(sizeof(int) * p->phases);
+    run->largest = (float *)TAKE(heads * sizeof(float)), run->sums = (float *)TAKE(heads * sizeof(float));
+    run->totals = (float *)TAKE(head_numbers * sizeof(float));
+    turn(run, (float *)TAKE(turned * sizeof(float)));
+    float *slots[MOST];
+    for (int s = 0; s < p->slots; s++) slots[s] = (float *)TAKE(rows * p->slot_width[s] * sizeof(float));
+    for (int v = 0; v < p->values; v++) {
+        if (p->slot[v] >= 0) run->value[v] = slots[p->slot[v]];
+        if (p->rounded_rows[v]) {
+            const int words = (p->widths[v] + 3) / 4;
+            run->rows7[v] = (Rows7){.k = p->widths[v], .words = words, .codes = TAKE((size_t)rows * words * 4)};
+            run->rows7[v].scales = (float *)TAKE(rows * sizeof(float));
+            run->rows7[v].zeros = (int32_t *)TAKE(rows * sizeof(int32_t));
+        }
+        if (!p->rounded[v]) continue;
+        const int groups = (p->widths[v] + GROUP - 1) / GROUP;
+        run->rows8[v] = (Rows8){.k = p->widths[v], .groups = groups};
+        run->rows8[v].codes = (int8_t *)TAKE(rows * groups * GROUP);
+        run->rows8[v].scales = (float *)TAKE(rows * groups * sizeof(float));
+        run->rows8[v].sums = (float *)TAKE(rows * groups * sizeof(float));
+    }
+    run->panels = at;
+    int most = 1;
+    for (int i = 0; i < p->phases; i++) {
+        const Phase *phase = &p->phase[i];
+        int pieces = 0;
+        if (phase->share == ATTEND) {
+            const Stage *s = &p->stage[p->step[phase->first].stage];
+            const int blocks = (run->length + QUERIES - 1) / QUERIES, parts = token_parts(run, s);
+            const int each = in_a_row(run, parts);
+            pieces = run->parts ? (parts + each - 1) / each : run->batch * p->keeping[s->place].shape.heads * blocks;
+        } else if (phase->share == COLUMNS)
+            for (int j = 0; j < phase->count; j++) {
+                const Weights *w = &p->weights[p->stage[p->step[phase->first + j].stage].place];
+                const int piece = piece_of(w);
+                pieces += (w->n + piece - 1) / piece;
+            }
+        else
+            pieces = rows < 16 ? (int)(rows + 3) / 4 : (int)(rows + 15) / 16;
+        run->pieces[i] = pieces;
+        if (pieces > most) most = pieces;
+        atomic_init(&run->next[i], 0);
+        atomic_init(&run->done[i], 0);
+    }
+    const int tasks = p->per_row * rows < ALONE ? 1 : most < run->offered ? most : run->offered;
+    Status status = NULL;
+    if (tasks == 1) work(run, 0);
+    else status = CALL(api, PARALLEL_FOR, context, work, (size_t)tasks, (size_t)0, run);
+    give_back(arena);
+    return status;
+}
+
 static Status compute(void *kernel, void *context) {
     const Program *p = kernel;
     Api api = p->api;
-    Status status;
+    Status status = NULL;
     int64_t dims[8];
     size_t rank = 0;
     int64_t rows = -1;
-    const int offered = atomic_load(&threads);
-    float *value[MOST];
+    float *value[MOST], *some[MOST];
     for (int v = 0; v < p->values; v++) value[v] = NULL;
     int64_t *ids = NULL;
     if (p->ids >= 0) {
@@ -573,96 +721,32 @@ static Status compute(void *kernel, void *context) {
         if ((status = CALL(api, CONTEXT_OUTPUT, context, (size_t)i, dims, rank, &tensor))) return status;
         if ((status = CALL(api, TENSOR_DATA, tensor, (void **)&value[p->outputs[i]]))) return status;
     }
-    if (rows == 0) return NULL;
-
-    Run run = {.program = p, .rows = (int)rows, .value = value, .offered = offered, .ids = ids};
+    Run run = {.program = p, .offered = atomic_load(&threads)};
     Cache *caches = NULL;
-    if (p->attentions) {
+    if (p->attentions && rows) {
         if (rank != 3 || !(caches = calloc(p->attentions, sizeof *caches)))
             return CALL(api, CREATE_STATUS, FAIL, "Fused: attention needs memory and three dimensions");
         run.batch = (int)dims[0], run.length = (int)dims[1], run.caches = caches;
-        if ((status = find_caches(&run, context))) {
+        status = p->keeps ? find_caches(&run, context) : find_masks(&run, context);
+        if (status) {
             free(caches);
             return status;
         }
-        if (run.length == 1) {
+        if (p->keeps && run.length == 1) {
             const int parts = (run.total + KEYS - 1) / KEYS;
             run.parts = parts < MOST_PARTS ? parts : MOST_PARTS;
         }
     }
-    const int many = rows >= PANEL_ROWS;
-    size_t heads = 0, head_numbers = 0;
-    for (int i = 0; i < p->attentions; i++) {
-        const Attention *a = &p->keeping[i].shape;
-        if ((size_t)a->heads > heads) heads = a->heads;
-        if ((size_t)a->heads * a->dim > head_numbers) head_numbers = (size_t)a->heads * a->dim;
+    /* Where rows do not depend on each other, or those of the batch do not, as many at once as caches hold. */
+    int64_t each = p->keeps ? rows : AT_ONCE;
+    if (p->attentions && !p->keeps) each = run.length > AT_ONCE ? run.length : AT_ONCE / run.length * run.length;
+    for (int64_t first = 0; first < rows && !status; first += each) {
+        run.rows = (int)(rows - first < each ? rows - first : each);
+        run.value = some, run.ids = ids ? ids + first : NULL;
+        for (int v = 0; v < p->values; v++) some[v] = value[v] ? value[v] + first * p->widths[v] : NULL;
+        if (p->attentions && !p->keeps) run.batch = run.rows / run.length, run.first_batch = (int)first / run.length;
+        status = run_rows(&run, context);
     }
-    heads *= rows * run.parts, head_numbers *= rows * run.parts;
-    size_t size = aligned(sizeof(Rows8) * p->values) + 3 * aligned(sizeof(int) * p->phases) +
-                  2 * aligned(heads * sizeof(float)) + aligned(head_numbers * sizeof(float));
-    for (int s = 0; s < p->slots; s++) size += aligned(rows * p->slot_width[s] * sizeof(float));
-    for (int v = 0; v < p->values; v++)
-        if (p->rounded[v]) {
-            const size_t groups = (p->widths[v] + GROUP - 1) / GROUP;
-            size += aligned(rows * groups * GROUP) + 2 * aligned(rows * groups * sizeof(float));
-        }
-    size += many ? aligned(p->panel) * (offered + 1) : 0;
-    size_t turned = 0;
-    for (int i = 0; i < p->turnings; i++) turned += 2 * (size_t)rows * p->turning[i].half;
-    size += aligned(turned * sizeof(float));
-    Arena *arena = take_arena(size);
-    if (!arena) {
-        free(caches);
-        return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
-    }
-    uint8_t *at = arena->bytes;
-#define TAKE(bytes) (at += aligned(bytes), at - aligned(bytes))
-    run.rows8 = (Rows8 *)TAKE(sizeof(Rows8) * p->values);
-    run.next = (atomic_int *)TAKE(sizeof(int) * p->phases);
-    run.done = (atomic_int *)TAKE(sizeof(int) * p->phases);
-    run.pieces = (int *)TAKE(sizeof(int) * p->phases);
-    run.largest = (float *)TAKE(heads * sizeof(float)), run.sums = (float *)TAKE(heads * sizeof(float));
-    run.totals = (float *)TAKE(head_numbers * sizeof(float));
-    turn(&run, (float *)TAKE(turned * sizeof(float)));
-    float *slots[MOST];
-    for (int s = 0; s < p->slots; s++) slots[s] = (float *)TAKE(rows * p->slot_width[s] * sizeof(float));
-    for (int v = 0; v < p->values; v++) {
-        if (p->slot[v] >= 0) value[v] = slots[p->slot[v]];
-        if (!p->rounded[v]) continue;
-        const int groups = (p->widths[v] + GROUP - 1) / GROUP;
-        run.rows8[v] = (Rows8){.k = p->widths[v], .groups = groups};
-        run.rows8[v].codes = (int8_t *)TAKE(rows * groups * GROUP);
-        run.rows8[v].scales = (float *)TAKE(rows * groups * sizeof(float));
-        run.rows8[v].sums = (float *)TAKE(rows * groups * sizeof(float));
-    }
-    run.panels = at;
-    int most = 1;
-    for (int i = 0; i < p->phases; i++) {
-        const Phase *phase = &p->phase[i];
-        int pieces = 0;
-        if (phase->share == ATTEND) {
-            const Stage *s = &p->stage[p->step[phase->first].stage];
-            const int blocks = (run.length + QUERIES - 1) / QUERIES, parts = token_parts(&run, s);
-            const int each = in_a_row(&run, parts);
-            pieces = run.parts ? (parts + each - 1) / each : run.batch * p->keeping[s->place].shape.heads * blocks;
-        } else if (phase->share == COLUMNS)
-            for (int j = 0; j < phase->count; j++) {
-                const Weights *w = &p->weights[p->stage[p->step[phase->first + j].stage].place];
-                const int piece = column_piece(w->n);
-                pieces += (w->n + piece - 1) / piece;
-            }
-        else
-            pieces = rows < 16 ? (int)(rows + 3) / 4 : (int)(rows + 15) / 16;
-        run.pieces[i] = pieces;
-        if (pieces > most) most = pieces;
-        atomic_init(&run.next[i], 0);
-        atomic_init(&run.done[i], 0);
-    }
-    const int tasks = p->per_row * rows < ALONE ? 1 : most < offered ? most : offered;
-    status = NULL;
-    if (tasks == 1) work(&run, 0);
-    else status = CALL(api, PARALLEL_FOR, context, work, (size_t)tasks, (size_t)0, &run);
-    give_back(arena);
     free(caches);
     return status;
 }
@@ -752,6 +836,24 @@ static void forget(const Files *files, const void *data, size_t size) {
 #endif
 }
 
+/* Weights with one scale a column, 8-bit codes (k, n). */
+static Status read_channels(Api api, const void *info, const int *from, Channels *w) {
+    const int k = from[4], n = from[5];
+    if (k < 1 || n < 1 || k > MOST_WIDTH || n > MOST_WIDTH || from[6] != 8 || from[2] >= 0)
+        return refuse(api, "Fused: weights of these sizes are not known");
+    *w = (Channels){.k = k, .n = n, .words = (k + 3) / 4};
+    const void *data;
+    Status status = constant(api, info, from[0], (size_t)k * n, TYPE_INT8, TYPE_INT8, &data, NULL);
+    if (status) return status;
+    w->codes = data;
+    if ((status = constant(api, info, from[1], n, TYPE_FLOAT, TYPE_FLOAT, &data, NULL))) return status;
+    w->scales = data;
+    if (from[3] < 0) return NULL;
+    if ((status = constant(api, info, from[3], n, TYPE_FLOAT, TYPE_FLOAT, &data, NULL))) return status;
+    w->bias = data;
+    return NULL;
+}
+
 static Status read_weights(Api api, const void *info, const int *from, Weights *w) {
     const int k = from[4], n = from[5], bits = from[6], block = from[7];
     if (k < 1 || n < 1 || k > MOST_WIDTH || n > MOST_WIDTH || (bits != 4 && bits != 8) || block < GROUP ||
@@ -795,6 +897,13 @@ static void pack(Weights *w, const Files *files, void *memory) {
     w->codes = NULL, w->scales = NULL, w->zeros = NULL; /* nothing reads them again */
 }
 
+static int pack_channels_of_file(Channels *w, const Files *files, void *memory) {
+    const int8_t *const codes = w->codes;
+    const int done = pack_channels(w, memory);
+    forget(files, codes, (size_t)w->k * w->n);
+    return done;
+}
+
 /* The place of these frequencies among those of the node; attentions share them. */
 static int turning_of(Program *p, Turning wanted) {
     for (int i = 0; i < p->turnings; i++) {
@@ -811,10 +920,11 @@ static Status read_attention(Program *p, const void *info, const int *from, cons
     const int half = from[5], *const inputs = from + 6;
     *a = (Attention){from[0], from[1], from[2], from[3], from[4], factors[0], factors[1]};
     if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->dim < 8 || a->dim > MOST_DIM || a->dim % 8 ||
-        a->heads > MOST || a->rotary < 0 || a->rotary > 2 || a->window < 0 || inputs[0] < 0 || inputs[1] < 0 ||
-        half < 0 || half * 2 > a->dim || (a->rotary && (inputs[2] < 0 || (!half && inputs[3] < 0))))
+        a->heads > MOST || a->rotary < 0 || a->rotary > 2 || a->window < 0 || (inputs[0] < 0) == p->keeps ||
+        (inputs[1] < 0) == p->keeps || (!p->keeps && (a->rotary || a->window)) || half < 0 || half * 2 > a->dim ||
+        (a->rotary && (inputs[2] < 0 || (!half && inputs[3] < 0))))
         return refuse(api, "Fused: an attention of these sizes is not known");
-    to->turning = -1;
+    to->turning = -1, to->mask = p->keeps ? -1 : inputs[6];
     if (a->rotary && half) {
         const void *frequencies;
         Status status = constant(api, info, inputs[2], half, TYPE_FLOAT, TYPE_FLOAT, &frequencies, NULL);
@@ -899,6 +1009,7 @@ static void destroy(void *kernel) {
     for (int i = 0; p->table && i < p->products; i++)
         if (p->table[i]) leave_table(p->table[i]);
     free(p->table);
+    free(p->channels), free(p->rounded_rows);
     free(p->widths), free(p->outputs), free(p->rounded), free(p->slot), free(p->slot_width), free(p->stage);
     free(p->weights), free(p->packed), free(p->step), free(p->phase), free(p->keeping),
         free(p->turning), free(p);
@@ -922,7 +1033,8 @@ static int fits(Program *p, const Stage *s, const Stage *before) {
     if (s->kind == LOOKUP) {
         if (s->a != -1 || s->b != -1 || s->second != -1 || s->place < 0 || s->place >= p->products || s->column < 0)
             return 0;
-        if (p->ids < 0 || p->weights[s->place].k != p->widths[s->out]) return 0;
+        const Weights *w = &p->weights[s->place];
+        if (p->ids < 0 || !w->block || w->k != p->widths[s->out]) return 0;
         const int again = before && before->kind == LOOKUP && before->out == s->out;
         return again ? s->column > 0 : s->column == 0 && !p->rounded[s->out]++;
     }
@@ -943,6 +1055,7 @@ static int fits(Program *p, const Stage *s, const Stage *before) {
     }
     if (in != out || (s->b >= 0 && p->widths[s->b] != out)) return 0;
     if (s->kind == NORM) return s->second < 0 || p->widths[s->second] == out;
+    if (s->kind == GAIN && s->b >= 0) return 0;
     return s->second < 0 && (s->kind == TIMES || s->kind == PLUS) == (s->b >= 0);
 }
 
@@ -969,12 +1082,14 @@ static int plan(Program *p) {
         Stage *s = &p->stage[i];
         Phase *last = p->phases ? &p->phase[p->phases - 1] : NULL;
         if (s->kind == PRODUCT) {
-            if (!p->rounded[s->a]) {
+            const int in_groups = p->weights[s->place].block > 0;
+            int *const rounded = (in_groups ? p->rounded : p->rounded_rows) + s->a;
+            if (!*rounded) {
                 if (!last || last->share != ROWS) last = next_phase(p, ROWS);
-                add_step(p, last, ROUND, -1, s->a);
-                p->rounded[s->a] = p->phases; /* one more than its phase */
+                add_step(p, last, in_groups ? ROUND : ROUND_ROWS, -1, s->a);
+                *rounded = p->phases; /* one more than its phase */
             }
-            if (last->share != COLUMNS || p->rounded[s->a] == p->phases) last = next_phase(p, COLUMNS);
+            if (last->share != COLUMNS || *rounded == p->phases) last = next_phase(p, COLUMNS);
         } else if (!last || last->share != ROWS) {
             last = next_phase(p, ROWS);
         }
@@ -994,7 +1109,7 @@ static int plan(Program *p) {
         for (int j = 0; j < p->phase[i].count; j++) {
             const Step *step = &p->step[p->phase[i].first + j];
             const Stage *s = step->stage < 0 ? NULL : &p->stage[step->stage];
-            if (step->part == ROUND) until[step->rounded] = i;
+            if (step->part == ROUND || step->part == ROUND_ROWS) until[step->rounded] = i;
             if (step->part == COMBINE) until[s->out] = i;
             if (s && s->kind != PRODUCT && s->a >= 0) until[s->a] = i;
             if (s && s->b >= 0) until[s->b] = i;
@@ -1044,14 +1159,15 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     p->stages = stage_ints / STAGE_INTS, p->products = weight_ints / WEIGHT_INTS;
     size_t epsilon_count = p->stages;
     epsilons = calloc(p->stages + 1, sizeof *epsilons);
-    p->rounded = calloc(p->values + 1, sizeof(int));
+    p->rounded = calloc(p->values + 1, sizeof(int)), p->rounded_rows = calloc(p->values + 1, sizeof(int));
     p->slot = calloc(p->values + 1, sizeof(int)), p->slot_width = calloc(p->values + 1, sizeof(int));
     p->stage = calloc(p->stages + 1, sizeof *p->stage);
     p->table = calloc(p->products + 1, sizeof *p->table);
     p->weights = calloc(p->products + 1, sizeof *p->weights);
+    p->channels = calloc(p->products + 1, sizeof *p->channels);
     p->step = calloc(3 * p->stages + 1, sizeof *p->step), p->phase = calloc(3 * p->stages + 1, sizeof *p->phase);
     if (!factors || !p->keeping || !p->turning || !epsilons || !p->rounded || !p->slot || !p->slot_width || !p->stage ||
-        !p->table || !p->weights || !p->step || !p->phase) {
+        !p->table || !p->weights || !p->channels || !p->rounded_rows || !p->step || !p->phase) {
         status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
         goto failed;
     }
@@ -1059,9 +1175,9 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if (p->attentions && (status = CALL(api, ATTRIBUTE_FLOATS, info, "factors", factors, &factor_count))) goto failed;
     status = refuse(api, unfit);
     if (attention_ints % ATTENTION_INTS || factor_count != FACTORS * (size_t)p->attentions) goto failed;
-    if (p->attentions && length_ints != 2) goto failed;
-    if (p->attentions) memcpy(p->lengths, lengths, sizeof p->lengths);
-    if (p->attentions && (lengths[0] < 0 || lengths[1] < 0)) goto failed;
+    p->keeps = length_ints > 0;
+    if (p->keeps && (length_ints != 2 || lengths[0] < 0 || lengths[1] < 0)) goto failed;
+    if (p->keeps) memcpy(p->lengths, lengths, sizeof p->lengths);
     if (id_ints > 1 || (id_ints && ids[0] < 0)) goto failed;
     if (p->values < 1 || p->values > MOST || p->output_count < 1 || p->stages < 1 || p->stages > MOST ||
         stage_ints % STAGE_INTS || weight_ints % WEIGHT_INTS || epsilon_count != (size_t)p->stages)
@@ -1075,7 +1191,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if ((status = CALL(api, NODE_INPUT_COUNT, info, &node_inputs))) goto failed;
     if ((status = CALL(api, NODE_OUTPUT_COUNT, info, &node_outputs))) goto failed;
     status = refuse(api, unfit);
-    if (node_outputs != (size_t)p->output_count + 2 * p->attentions) goto failed;
+    if (node_outputs != (size_t)p->output_count + 2 * p->attentions * p->keeps) goto failed;
     for (int i = 0; i < attention_ints; i++) /* those from the seventh of each on are inputs */
         if (i % ATTENTION_INTS >= 6 && attentions[i] >= (int)node_inputs) goto failed;
     for (int i = 0; i < length_ints; i++)
@@ -1096,8 +1212,18 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     for (int i = 0; i < p->products; i++) {
         ((void (*)(void *))api[RELEASE_STATUS])(status);
         Weights *w = &p->weights[i];
-        if ((status = read_weights(api, info, weights + i * WEIGHT_INTS, w))) goto failed;
+        const int *from = weights + i * WEIGHT_INTS;
         int looked_up = 0;
+        if (from[7] == 0) {
+            Channels *c = &p->channels[i];
+            if ((status = read_channels(api, info, from, c))) goto failed;
+            *w = (Weights){.k = c->k, .n = c->n, .bits = 8};
+            packed += aligned(channel_bytes(c));
+            p->per_row += (int64_t)w->k * w->n;
+            status = refuse(api, unfit);
+            continue;
+        }
+        if ((status = read_weights(api, info, from, w))) goto failed;
         for (int j = 0; j < p->stages; j++)
             looked_up |= stages[j * STAGE_INTS] == LOOKUP && stages[j * STAGE_INTS + 5] == i;
         if ((p->table[i] = share_table(w, looked_up, &files))) {
@@ -1119,8 +1245,13 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     packed = 0;
     for (int i = 0; i < p->products; i++) {
         if (p->table[i]) continue;
-        const size_t size = aligned(packed_bytes(&p->weights[i]));
-        pack(&p->weights[i], &files, p->packed + packed);
+        const Weights *w = &p->weights[i];
+        const size_t size = aligned(w->block ? packed_bytes(w) : channel_bytes(&p->channels[i]));
+        if (w->block) pack(&p->weights[i], &files, p->packed + packed);
+        else if (!pack_channels_of_file(&p->channels[i], &files, p->packed + packed)) {
+            status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
+            goto failed;
+        }
         packed += size;
     }
     for (int i = 0; i < p->attentions; i++) {
@@ -1136,7 +1267,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         *s = (Stage){from[0], from[1], from[2], from[3], from[4], from[5], from[6], NULL, NULL, epsilons[i]};
         if (!fits(p, s, i ? s - 1 : NULL)) goto failed;
         if (i == p->stages - 1 && next_column(p, s)) goto failed;
-        if (s->kind != NORM && s->kind != CENTRED_NORM) continue;
+        if (s->kind != NORM && s->kind != CENTRED_NORM && s->kind != GAIN) continue;
         const void *gain, *bias = NULL;
         const size_t width = p->widths[s->out];
         ((void (*)(void *))api[RELEASE_STATUS])(status);

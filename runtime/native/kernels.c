@@ -149,16 +149,9 @@ static inline __m256 add_group(__m256i sums, __m256 scales, __m256 zeros, const 
     return _mm256_fmadd_ps(scaled, scales, y);
 }
 
-/* Eight results and their bias, or as many as there are. */
-static inline void put(const Weights *w, size_t n, __m256 result, float *y) {
-    if (n + TILE <= (size_t)w->n) {
-        if (w->bias) result = _mm256_add_ps(result, _mm256_loadu_ps(w->bias + n));
-        _mm256_storeu_ps(y + n, result);
-        return;
-    }
-    float some[TILE];
-    _mm256_storeu_ps(some, result);
-    for (size_t i = n; i < (size_t)w->n; i++) y[i] = some[i - n] + (w->bias ? w->bias[i] : 0.0f);
+static inline void put(const Weights *w, size_t tile, __m256 results, float *y) {
+    const size_t n = tile * TILE;
+    store_with(results, w->bias ? w->bias + n : NULL, w->n - n, y + n);
 }
 
 /* Bytes, by measurement: how far ahead of their use codes are asked for. */
@@ -206,7 +199,7 @@ static inline __attribute__((always_inline)) void few(const Weights *w, size_t t
         }
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < rows; m++) put(w, tile * TILE, totals[m], y + (row + m) * stride);
+    for (int m = 0; m < rows; m++) put(w, tile, totals[m], y + (row + m) * stride);
 }
 
 #define FEW(bits, per_block)                                                                  \
@@ -319,7 +312,7 @@ static void many_rows(const Weights *w, const Rows8 *x, int rows, size_t first, 
             else four_rows(&panel, x, which, 8, totals);
             for (int m = 0; m < 4 && row + m < rows; m++)
                 for (size_t t = 0; t < tiles && tile + t < last; t++)
-                    put(w, (tile + t) * TILE, totals[m][t], y + (row + m) * stride);
+                    put(w, tile + t, totals[m][t], y + (row + m) * stride);
         }
     }
 }
@@ -379,12 +372,26 @@ void rms_norm(const float *x, const float *skip, const float *gain, float epsilo
 
 /* y = (x - mean(x)) * gain / sqrt(variance(x) + epsilon) + bias */
 void layer_norm(const float *x, const float *gain, const float *bias, float epsilon, int width, float *y) {
-    double sum = 0, squares = 0;
-    for (int i = 0; i < width; i++) sum += x[i];
-    const float mean = (float)(sum / width);
-    for (int i = 0; i < width; i++) squares += (double)(x[i] - mean) * (x[i] - mean);
-    const float factor = (float)(1.0 / sqrt(squares / width + epsilon));
-    for (int i = 0; i < width; i++) y[i] = (x[i] - mean) * factor * gain[i] + (bias ? bias[i] : 0.0f);
+    __m256 sums = _mm256_setzero_ps(), squares = sums;
+    float rest = 0;
+    int i = 0;
+    for (; i + 8 <= width; i += 8) sums = _mm256_add_ps(sums, _mm256_loadu_ps(x + i));
+    for (; i < width; i++) rest += x[i];
+    const float mean = (add_lanes(sums) + rest) / (float)width;
+    const __m256 means = _mm256_set1_ps(mean);
+    for (rest = 0, i = 0; i + 8 <= width; i += 8) {
+        const __m256 v = _mm256_sub_ps(_mm256_loadu_ps(x + i), means);
+        squares = _mm256_fmadd_ps(v, v, squares);
+    }
+    for (; i < width; i++) rest += (x[i] - mean) * (x[i] - mean);
+    const float factor = 1.0f / sqrtf((add_lanes(squares) + rest) / (float)width + epsilon);
+    const __m256 factors = _mm256_set1_ps(factor);
+    for (i = 0; i + 8 <= width; i += 8) {
+        const __m256 v = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + i), means), factors);
+        const __m256 away = bias ? _mm256_loadu_ps(bias + i) : _mm256_setzero_ps();
+        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(v, _mm256_loadu_ps(gain + i), away));
+    }
+    for (; i < width; i++) y[i] = (x[i] - mean) * factor * gain[i] + (bias ? bias[i] : 0.0f);
 }
 
 /* x / (1 + e**-x) */

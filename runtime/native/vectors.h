@@ -4,6 +4,7 @@
 #define GEMINI_VECTORS_H
 
 #include <immintrin.h>
+#include <stddef.h>
 
 #pragma GCC target("avx2,fma,f16c")
 
@@ -17,6 +18,17 @@ static inline float largest_lane(__m256 v) {
     __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+/* Eight results and their bias (NULL: none), or the first `count` of them. */
+static inline void store_with(__m256 results, const float *bias, size_t count, float *to) {
+    if (count >= 8) {
+        _mm256_storeu_ps(to, bias ? _mm256_add_ps(results, _mm256_loadu_ps(bias)) : results);
+        return;
+    }
+    float some[8];
+    _mm256_storeu_ps(some, results);
+    for (size_t i = 0; i < count; i++) to[i] = some[i] + (bias ? bias[i] : 0.0f);
 }
 
 /* e**x for x in [-87, 88]: 2**round(x / ln 2) times a polynomial of degree 6 of the rest. */

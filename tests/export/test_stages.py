@@ -6,15 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
+from fused_nodes import CONTRIB, FLOAT, fused, model_of, session
 from onnx import TensorProto, helper, numpy_helper
 
 from gemini.compress.apply import run_recipe
 from gemini.compress.recipe import load_recipe
 from gemini.export import exporter, stages
 from gemini.export.exporter import export_checkpoint
-from gemini.export.stages import DOMAIN, LOOKUP, PRODUCT, fuse_stages, known_shapes
+from gemini.export.stages import LOOKUP, PRODUCT, fuse_stages
 from gemini.export.verify import DecoderRun, open_graph
 from gemini.runtime import kernels
 from gemini.runtime.schema import LayerShape
@@ -23,40 +23,8 @@ pytestmark = pytest.mark.skipif(
     not kernels.available(), reason="the kernels are not built or do not fit here"
 )
 
-FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+HALF = TensorProto.FLOAT16
 EXACT = 1e-5  # of float32 sums in another order
-CONTRIB = "com.microsoft"
-
-
-def model_of(nodes, inputs, outputs, constants):
-    """A model; inputs and outputs are {name: shape} or {name: (type, shape)}."""
-
-    def infos(values):
-        pairs = {n: v if isinstance(v, tuple) else (FLOAT, v) for n, v in values.items()}
-        return [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in pairs.items()]
-
-    stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph(nodes, "g", infos(inputs), infos(outputs), stored)
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(CONTRIB, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
-
-
-def fused(model, widths=None):
-    """The fused form as a proto; every inner value is said to be (b, s, its width)."""
-    own = ir.from_proto(model)
-    shapes = known_shapes(own) | {name: ("b", "s", str(width)) for name, width in (widths or {}).items()}
-    copy = fuse_stages(own, shapes)
-    return None if copy is None else ir.to_proto(copy)
-
-
-def session(model, threads=2):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    if any(node.domain == DOMAIN for node in model.graph.node):
-        kernels.register(options, threads)
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def in_8_bits(x):
@@ -696,6 +664,7 @@ def test_a_value_of_which_columns_are_missing_is_refused():
         ("weights", lambda v: [*v[:4], v[4] + 64, *v[5:]]),
         ("weights", lambda v: [*v[:6], 3, v[7]]),
         ("weights", lambda v: [*v[:7], 24]),
+        ("weights", lambda v: [*v[:6], 8, 0]),  # 4-bit ones as if they had one scale a column
         ("weights", lambda v: [99, *v[1:]]),
         ("weights", lambda v: [0, *v[1:]]),  # an input that is no constant
         ("weights", lambda v: v[:-1]),
@@ -717,7 +686,7 @@ def test_a_value_of_which_columns_are_missing_is_refused():
         ("outputs", lambda v: [0]),
         ("outputs", lambda v: [12]),
         ("outputs", lambda v: []),
-        ("attentions", lambda v: [1] * 12),
+        ("attentions", lambda v: [1] * 13),
         ("lengths", lambda v: [5]),
     ],
 )
