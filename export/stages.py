@@ -2,10 +2,10 @@
 
 Products with weights in blocks or with one scale a column, and what stands between them (norms, activations,
 sums, attention over kept keys and values or of all tokens to each other) become one node, Fused of the
-domain gemini, whose attributes list them as stages (`runtime/native/fused.c`). Which nodes go together follows from the graph alone: those with the same number
-of other nodes behind them on the longest way from its inputs, so that no way leaves a group and comes back.
-A whole decoder is two of them: the layers, and the head behind the picking of positions; the layers of an
-encoder are one. The copy stores no weight again.
+domain gemini, whose attributes list them as stages (`runtime/native/fused.c`). Which nodes go together
+follows from the graph alone: those with the same number of other nodes behind them on the longest way from
+its inputs, so that no way leaves a group and comes back. A whole decoder is two of them: the layers, and the
+head behind the picking of positions; the layers of an encoder are one. The copy stores no weight again.
 """
 
 from __future__ import annotations
