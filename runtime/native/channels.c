@@ -140,22 +140,6 @@ int pack_channels(Channels *w, void *memory) {
     return 1;
 }
 
-/* The instructions themselves: GCC would load weights first, since two rows need them, and move sums about, which
- * is an instruction more for each. */
-static inline __m256i pair_products(__m256i activations, const int8_t *weights) {
-    __m256i sums;
-    __asm__("vpmaddubsw %2, %1, %0" : "=x"(sums) : "x"(activations), "m"(*(const __m256i *)weights));
-    return sums;
-}
-#define ADD_16(sum, more) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(more))
-#define ADD_32(sum, more) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(more))
-
-static inline __m256i word_at(const uint8_t *codes) {
-    int32_t word;
-    memcpy(&word, codes, WORD);
-    return _mm256_set1_epi32(word);
-}
-
 /* What groups of so many words add to the totals of one or two rows. */
 static inline __attribute__((always_inline)) void add_groups(const int8_t **codes, const uint32_t **order,
                                                              uint32_t groups, const int together,
@@ -176,7 +160,7 @@ static inline __attribute__((always_inline)) void add_groups(const int8_t **code
         for (int i = 0; i < together; i++)
 #pragma GCC unroll 2
             for (int m = 0; m < rows; m++) {
-                const __m256i word = word_at((m ? second : first) + place[i]);
+                const __m256i word = four_codes((m ? second : first) + place[i]);
 #pragma GCC unroll 3
                 for (int t = 0; t < TILES; t++) {
                     const __m256i both = pair_products(word, w + (i * TILES + t) * 32);

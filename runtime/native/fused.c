@@ -644,12 +644,13 @@ static Status run_rows(Run *run, void *context) {
         }
         if (!p->rounded[v]) continue;
         const int groups = (p->widths[v] + GROUP - 1) / GROUP;
-        run->rows8[v] = (Rows8){.k = p->widths[v], .groups = groups};
+        run->rows8[v] = (Rows8){.k = p->widths[v], .groups = groups, .moved = many};
         run->rows8[v].codes = (int8_t *)TAKE(rows * groups * GROUP);
         run->rows8[v].scales = (float *)TAKE(rows * groups * sizeof(float));
-        run->rows8[v].sums = (float *)TAKE(rows * groups * sizeof(float));
+        run->rows8[v].sums = (int32_t *)TAKE(rows * groups * sizeof(int32_t));
     }
     run->panels = at;
+    atomic_init(&run->panels_taken, 0);
     int most = 1;
     for (int i = 0; i < p->phases; i++) {
         const Phase *phase = &p->phase[i];
@@ -860,7 +861,7 @@ static Status read_weights(Api api, const void *info, const int *from, Weights *
         block > 1024 || (block & (block - 1)))
         return refuse(api, "Fused: weights of these sizes are not known");
     *w = (Weights){.k = k, .n = n, .bits = bits, .block = block, .blocks = (k + block - 1) / block};
-    w->groups = (k + GROUP - 1) / GROUP;
+    w->groups = (k + GROUP - 1) / GROUP, w->shift = __builtin_ctz(block / GROUP);
     const size_t all = (size_t)n * w->blocks, bytes = all * block * bits / 8;
     const size_t zeros = bits == 8 ? all : (size_t)n * ((w->blocks + 1) / 2);
     int type;

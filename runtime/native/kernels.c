@@ -29,7 +29,9 @@ static inline int quantize_group(const float *x, __m256i *codes, float *scale) {
 
 void quantize_row(const float *x, const Rows8 *to, int row) {
     int8_t *codes = to->codes + (size_t)row * to->groups * GROUP;
-    float *scales = to->scales + (size_t)row * to->groups, *sums = to->sums + (size_t)row * to->groups;
+    float *scales = to->scales + (size_t)row * to->groups;
+    int32_t *sums = to->sums + (size_t)row * to->groups;
+    const __m256i moved = _mm256_set1_epi8((char)(to->moved ? 0x80 : 0));
     for (int g = 0; g < to->groups; g++) {
         float last[GROUP];
         const float *from = x + g * GROUP;
@@ -39,9 +41,8 @@ void quantize_row(const float *x, const Rows8 *to, int row) {
             from = last;
         }
         __m256i rounded;
-        const int sum = quantize_group(from, &rounded, &scales[g]);
-        _mm256_storeu_si256((__m256i *)(codes + g * GROUP), rounded);
-        sums[g] = scales[g] * (float)sum;
+        sums[g] = 8 * quantize_group(from, &rounded, &scales[g]);
+        _mm256_storeu_si256((__m256i *)(codes + g * GROUP), _mm256_xor_si256(rounded, moved));
     }
 }
 
@@ -119,34 +120,28 @@ void begin_packing(Weights *w, void *memory) {
 }
 
 /* The scales of a tile's rows for a group, and minus their zero points. */
-static inline __m256 scales_of(const Weights *w, size_t tile, int group, int per_block) {
-    const size_t place = (tile * w->blocks + group / per_block) * TILE;
+static inline __m256 scales_of(const Weights *w, size_t tile, int group) {
+    const size_t place = (tile * w->blocks + (group >> w->shift)) * TILE;
     if (w->half_scales) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w->tile_scales + 2 * place)));
     return _mm256_loadu_ps((const float *)(w->tile_scales + 4 * place));
 }
 
-static inline __m256 minus_zeros_of(const Weights *w, size_t tile, int group, int per_block, int bits) {
-    if (!w->tile_zeros) return _mm256_set1_ps(bits == 4 ? -8.0f : -128.0f);
-    const size_t place = (tile * w->blocks + group / per_block) * TILE;
+/* How far the zero points of a tile's rows are below the middle code, which they are where there are none. */
+static inline __m256i middle_minus_zeros(const Weights *w, size_t tile, int group, int bits) {
+    const size_t place = (tile * w->blocks + (group >> w->shift)) * TILE;
     const __m128i zeros = _mm_loadl_epi64((const __m128i *)(w->tile_zeros + place));
-    return _mm256_sub_ps(_mm256_setzero_ps(), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(zeros)));
+    return _mm256_sub_epi32(_mm256_set1_epi32(bits == 4 ? 8 : 128), _mm256_cvtepu8_epi32(zeros));
 }
 
-/* GCC would add integer sums up in another order, for which registers do not suffice. */
-#define KEEP(v) __asm__("" : "+x"(v))
-
-static inline __m256i four_codes(const int8_t *codes) {
-    int32_t word;
-    memcpy(&word, codes, 4);
-    return _mm256_set1_epi32(word);
+/* Zero points as `middle_minus_zeros` gives them times sums of codes, which are given eight times. */
+static inline __m256i zero_products(__m256i zeros, __m256i eight_sums) {
+    return _mm256_srai_epi32(_mm256_mullo_epi32(zeros, eight_sums), 3);
 }
 
-/* What 32 products of eight rows of weights and one of activations add to y:
- * scale of weights * (scale of activations * sum of codes * codes - zero point * sum of activations). */
-static inline __m256 add_group(__m256i sums, __m256 scales, __m256 zeros, const Rows8 *x, size_t group, __m256 y) {
-    const __m256 away = _mm256_mul_ps(zeros, _mm256_broadcast_ss(x->sums + group));
-    const __m256 scaled = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), _mm256_broadcast_ss(x->scales + group), away);
-    return _mm256_fmadd_ps(scaled, scales, y);
+/* What 32 products of eight rows of weights and one of activations add to y. Up to here all are integers, so that
+ * the result does not depend on how they were added up. */
+static inline __m256 add_group(__m256i sums, __m256 scales, const Rows8 *x, size_t group, __m256 y) {
+    return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_broadcast_ss(x->scales + group)), scales, y);
 }
 
 static inline void put(const Weights *w, size_t tile, __m256 results, float *y) {
@@ -162,7 +157,7 @@ enum { AHEAD = 4096 };
  * vpmaddubsw multiplies unsigned by signed bytes and adds pairs of them in 16 bits. Codes of 4 bits leave room
  * there for all of a group: 8 * 2 * 15 * 127 < 2**15. Codes of 8 bits go in as two halves of 4. */
 static inline __attribute__((always_inline)) void few(const Weights *w, size_t tile, const Rows8 *x, int row,
-                                                      const int rows, const int bits, const int per_block, float *y,
+                                                      const int rows, const int bits, const int zeros, float *y,
                                                       size_t stride) {
     const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16), low = _mm256_set1_epi8(15);
     const __m256i *codes = (const __m256i *)(w->packed + tile * w->groups * group_bytes(w));
@@ -181,146 +176,186 @@ static inline __attribute__((always_inline)) void few(const Weights *w, size_t t
             const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
 #pragma GCC unroll 4
             for (int m = 0; m < rows; m++) {
-                const int8_t *a = x->codes + ((size_t)(row + m) * w->groups + g) * GROUP + 4 * i;
-                sums[m] = _mm256_add_epi16(sums[m], _mm256_maddubs_epi16(lower, four_codes(a)));
-                KEEP(sums[m]);
-                __m256i *other = bits == 4 ? &sums[m] : &high[m];
-                *other = _mm256_add_epi16(*other, _mm256_maddubs_epi16(upper, four_codes(bits == 4 ? a + 16 : a)));
-                KEEP(*other);
+                const int8_t *const a = x->codes + ((size_t)(row + m) * w->groups + g) * GROUP + 4 * i;
+                ADD_16(sums[m], _mm256_maddubs_epi16(lower, four_codes(a)));
+                ADD_16(*(bits == 4 ? &sums[m] : &high[m]),
+                       _mm256_maddubs_epi16(upper, four_codes(bits == 4 ? a + 16 : a)));
             }
         }
-        const __m256 scales = scales_of(w, tile, g, per_block);
-        const __m256 zeros = minus_zeros_of(w, tile, g, per_block, bits);
+        const __m256 scales = scales_of(w, tile, g);
+        const __m256i below = zeros ? middle_minus_zeros(w, tile, g, bits) : sixteens;
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++) {
+            const size_t group = (size_t)(row + m) * w->groups + g;
+            const __m256i eight_sums = _mm256_set1_epi32(x->sums[group]);
             __m256i sum = _mm256_madd_epi16(sums[m], ones);
             if (bits == 8) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high[m], sixteens));
-            totals[m] = add_group(sum, scales, zeros, x, (size_t)(row + m) * w->groups + g, totals[m]);
+            sum = _mm256_sub_epi32(sum, bits == 4 ? eight_sums : _mm256_slli_epi32(eight_sums, 4));
+            if (zeros) sum = _mm256_add_epi32(sum, zero_products(below, eight_sums));
+            totals[m] = add_group(sum, scales, x, group, totals[m]);
         }
     }
 #pragma GCC unroll 4
     for (int m = 0; m < rows; m++) put(w, tile, totals[m], y + (row + m) * stride);
 }
 
-#define FEW(bits, per_block)                                                                  \
-    for (size_t tile = first; tile < last; tile++) {                                          \
-        if (rows == 1) few(w, tile, x, row, 1, bits, per_block, y, stride);                   \
-        else if (rows == 2) few(w, tile, x, row, 2, bits, per_block, y, stride);              \
-        else if (rows == 3) few(w, tile, x, row, 3, bits, per_block, y, stride);              \
-        else few(w, tile, x, row, 4, bits, per_block, y, stride);                             \
+#define FEW(bits, zeros)                                                     \
+    for (size_t tile = first; tile < last; tile++) {                         \
+        if (rows == 1) few(w, tile, x, row, 1, bits, zeros, y, stride);      \
+        else if (rows == 2) few(w, tile, x, row, 2, bits, zeros, y, stride); \
+        else if (rows == 3) few(w, tile, x, row, 3, bits, zeros, y, stride); \
+        else few(w, tile, x, row, 4, bits, zeros, y, stride);                \
     }
 
 static void few_rows(const Weights *w, const Rows8 *x, int row, int rows, size_t first, size_t last, float *y,
                      size_t stride) {
-    const int per_block = w->block / GROUP;
-    if (w->bits == 4) {
-        if (per_block == 1) FEW(4, 1)
-        else if (per_block == 2) FEW(4, 2)
-        else FEW(4, per_block)
-    } else {
-        if (per_block == 1) FEW(8, 1)
-        else if (per_block == 2) FEW(8, 2)
-        else FEW(8, per_block)
-    }
+    if (w->bits == 4 && w->tile_zeros) FEW(4, 1)
+    else if (w->bits == 4) FEW(4, 0)
+    else if (w->tile_zeros) FEW(8, 1)
+    else FEW(8, 0)
 }
 
-/* ---- many rows of activations: codes of two tiles, or both halves of one, are unpacked once for all ---- */
+/* ---- many rows of activations: codes of some tiles are unpacked once for all ----
+ *
+ * In a panel codes of weights have their middle at 0, so that vpmaddubsw reads them from memory as the signed ones,
+ * and those of activations are moved by 128. What that adds to each 16-bit sum is taken away before: sums may leave
+ * 16 bits on the way, but |sum| <= 16 * 8 * 127 in the end. Codes of 8 bits are 16 * (high - 8) + (low - 8) + 136. */
+
+enum { SLOTS = 3, SLOTS_8 = 4 }; /* tiles that a panel holds; halves of tiles of 8 bits, the high ones first */
 
 typedef struct {
-    __m256i *codes; /* (groups, 8, 2): four codes along k of eight rows, of both tiles or halves */
-    __m256 *scales; /* (groups, 2) */
-    __m256 *zeros;  /* (groups, 2): minus zero points */
+    __m256i *codes;  /* (groups, 8, slots): four codes along k of eight rows */
+    __m256i *starts; /* (groups, slots) of 16-bit sums */
+    __m256 *scales;  /* (groups, slots), of tiles */
+    __m256i *zeros;  /* the same: the middle minus zero points */
 } Panel;
 
-size_t panel_bytes(int k) { return (size_t)((k + GROUP - 1) / GROUP) * (16 + 2 + 2) * sizeof(__m256i); }
+size_t panel_bytes(int k) { return (size_t)((k + GROUP - 1) / GROUP) * SLOTS_8 * 11 * sizeof(__m256i); }
 
-static void fill_panel(const Weights *w, size_t tile, size_t last, const Panel *panel) {
+static Panel panel_in(void *memory, int groups, int slots) {
+    Panel panel = {.codes = memory};
+    panel.starts = panel.codes + (size_t)groups * 8 * slots;
+    panel.zeros = panel.starts + (size_t)groups * slots;
+    panel.scales = (__m256 *)(panel.zeros + (size_t)groups * slots);
+    return panel;
+}
+
+/* Puts eight words of codes of 4 bits in a slot, with their middle at 0. */
+static inline void fill_slot(const __m256i words[8], int slots, __m256i *codes, __m256i *start) {
+    __m256i sums = words[0];
+    for (int i = 1; i < 8; i++) sums = _mm256_add_epi8(sums, words[i]);
+    for (int i = 0; i < 8; i++) codes[i * slots] = _mm256_sub_epi8(words[i], _mm256_set1_epi8(8));
+    sums = _mm256_maddubs_epi16(sums, _mm256_set1_epi8(1)); /* of 16 codes */
+    *start = _mm256_slli_epi16(_mm256_sub_epi16(_mm256_set1_epi16(16 * 8), sums), 7);
+}
+
+static void fill_panel(const Weights *w, size_t tile, size_t last, const int bits, const Panel *panel) {
     const __m256i low = _mm256_set1_epi8(15);
-    const int per_block = w->block / GROUP;
+    const int slots = bits == 4 ? SLOTS : SLOTS_8, tiles = bits == 4 ? SLOTS : SLOTS_8 / 2;
     const size_t step = group_bytes(w);
-    for (int part = 0; part < 2; part++) {
-        const size_t own = w->bits == 4 && tile + part < last ? tile + part : tile;
+    for (int t = 0; t < tiles; t++) {
+        const size_t own = tile + t < last ? tile + t : tile;
         const uint8_t *from = w->packed + own * w->groups * step;
         for (int g = 0; g < w->groups; g++, from += step) {
-            panel->scales[g * 2 + part] = scales_of(w, own, g, per_block);
-            panel->zeros[g * 2 + part] = minus_zeros_of(w, own, g, per_block, w->bits);
-            __m256i *to = panel->codes + g * 16 + part;
-            for (int i = 0; i < w->bits; i++) {
+            __m256i lower[8], upper[8];
+            for (int i = 0; i < bits; i++) {
                 const __m256i both = _mm256_loadu_si256((const __m256i *)from + i);
-                const __m256i lower = _mm256_and_si256(both, low);
-                const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-                if (w->bits == 4) to[i * 2] = lower, to[(i + 4) * 2] = upper;
-                else to[i * 2] = part ? upper : lower;
+                lower[i] = _mm256_and_si256(both, low);
+                (bits == 4 ? lower + 4 : upper)[i] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+            }
+            __m256i *const codes = panel->codes + (size_t)g * 8 * slots, *const starts = panel->starts + g * slots;
+            panel->scales[g * slots + t] = scales_of(w, own, g);
+            if (w->tile_zeros) panel->zeros[g * slots + t] = middle_minus_zeros(w, own, g, bits);
+            if (bits == 4) {
+                fill_slot(lower, slots, codes + t, starts + t);
+            } else {
+                fill_slot(upper, slots, codes + t, starts + t);
+                fill_slot(lower, slots, codes + tiles + t, starts + tiles + t);
             }
         }
     }
 }
 
-static inline __attribute__((always_inline)) void four_rows(const Panel *panel, const Rows8 *x, const size_t rows[4],
-                                                            const int bits, __m256 totals[4][2]) {
+/* A panel by one or two rows of activations; totals[m][t] are those of a tile. */
+static inline __attribute__((always_inline)) void panel_by_rows(const Panel *panel, const Rows8 *x, size_t row,
+                                                                const int rows, const int bits, const int zeros,
+                                                                __m256 totals[2][SLOTS]) {
     const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
-#pragma GCC unroll 4
-    for (int m = 0; m < 4; m++) totals[m][0] = totals[m][1] = _mm256_setzero_ps();
+    const int slots = bits == 4 ? SLOTS : SLOTS_8, tiles = bits == 4 ? SLOTS : SLOTS_8 / 2;
+    __m256 own[2][SLOTS];
+#pragma GCC unroll 2
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 3
+        for (int t = 0; t < tiles; t++) own[m][t] = _mm256_setzero_ps();
     for (int g = 0; g < x->groups; g++) {
-        const __m256i *codes = panel->codes + g * 16;
-        __m256i sums[4][2];
+        const __m256i *codes = panel->codes + (size_t)g * 8 * slots, *starts = panel->starts + g * slots;
+        const int8_t *const first = x->codes + (row * x->groups + g) * GROUP;
+        const int8_t *const second = first + (size_t)x->groups * GROUP;
+        __m256i sums[2][SLOTS_8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+#pragma GCC unroll 2
+            for (int m = 0; m < rows; m++) {
+                const __m256i four = four_codes((m ? second : first) + 4 * i);
 #pragma GCC unroll 4
-        for (int m = 0; m < 4; m++) {
-            const __m256i four = four_codes(x->codes + (rows[m] * x->groups + g) * GROUP);
-            sums[m][0] = _mm256_maddubs_epi16(codes[0], four);
-            sums[m][1] = _mm256_maddubs_epi16(codes[1], four);
+                for (int t = 0; t < slots; t++) {
+                    const __m256i both = pair_products(four, codes + i * slots + t);
+                    if (i) ADD_16(sums[m][t], both);
+                    else sums[m][t] = _mm256_add_epi16(both, starts[t]);
+                }
+            }
+#pragma GCC unroll 2
+        for (int m = 0; m < rows; m++) {
+            const size_t group = (row + m) * x->groups + g;
+#pragma GCC unroll 3
+            for (int t = 0; t < tiles; t++) {
+                __m256i sum = _mm256_madd_epi16(sums[m][t], bits == 4 ? ones : sixteens);
+                const __m256i eight_sums = _mm256_set1_epi32(x->sums[group]);
+                if (bits == 8)
+                    sum = _mm256_add_epi32(_mm256_add_epi32(sum, eight_sums),
+                                           _mm256_madd_epi16(sums[m][tiles + t], ones));
+                if (zeros) sum = _mm256_add_epi32(sum, zero_products(panel->zeros[g * slots + t], eight_sums));
+                own[m][t] = add_group(sum, panel->scales[g * slots + t], x, group, own[m][t]);
+            }
         }
-        for (int i = 1; i < 8; i++)
-#pragma GCC unroll 4
-            for (int m = 0; m < 4; m++) {
-                const __m256i four = four_codes(x->codes + (rows[m] * x->groups + g) * GROUP + i * 4);
-                sums[m][0] = _mm256_add_epi16(sums[m][0], _mm256_maddubs_epi16(codes[i * 2], four));
-                sums[m][1] = _mm256_add_epi16(sums[m][1], _mm256_maddubs_epi16(codes[i * 2 + 1], four));
-                KEEP(sums[m][0]);
-                KEEP(sums[m][1]);
-            }
-        const __m256 *scales = panel->scales + g * 2, *zeros = panel->zeros + g * 2;
-#pragma GCC unroll 4
-        for (int m = 0; m < 4; m++) {
-            const size_t group = rows[m] * x->groups + g;
-            const __m256i first = _mm256_madd_epi16(sums[m][0], ones);
-            if (bits == 4) {
-                totals[m][0] = add_group(first, scales[0], zeros[0], x, group, totals[m][0]);
-                totals[m][1] =
-                    add_group(_mm256_madd_epi16(sums[m][1], ones), scales[1], zeros[1], x, group, totals[m][1]);
-            } else {
-                const __m256i sum = _mm256_add_epi32(first, _mm256_madd_epi16(sums[m][1], sixteens));
-                totals[m][0] = add_group(sum, scales[0], zeros[0], x, group, totals[m][0]);
-            }
+    }
+#pragma GCC unroll 2
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 3
+        for (int t = 0; t < tiles; t++) totals[m][t] = own[m][t];
+}
+
+static inline __attribute__((always_inline)) void by_panels(const Weights *w, const Rows8 *x, int rows, size_t first,
+                                                            size_t last, float *y, size_t stride, void *scratch,
+                                                            const int bits, const int zeros) {
+    const int slots = bits == 4 ? SLOTS : SLOTS_8, tiles = bits == 4 ? SLOTS : SLOTS_8 / 2, most = bits == 4 ? 2 : 1;
+    const Panel panel = panel_in(scratch, w->groups, slots);
+    for (size_t tile = first; tile < last; tile += tiles) {
+        fill_panel(w, tile, last, bits, &panel);
+        for (int row = 0; row < rows; row += most) {
+            __m256 totals[2][SLOTS];
+            const int some = row + most <= rows ? most : 1;
+            if (some == 2) panel_by_rows(&panel, x, row, 2, bits, zeros, totals);
+            else panel_by_rows(&panel, x, row, 1, bits, zeros, totals);
+            for (int m = 0; m < some; m++)
+                for (int t = 0; t < tiles && tile + t < last; t++)
+                    put(w, tile + t, totals[m][t], y + (row + m) * stride);
         }
     }
 }
 
 static void many_rows(const Weights *w, const Rows8 *x, int rows, size_t first, size_t last, float *y, size_t stride,
                       void *scratch) {
-    const size_t tiles = w->bits == 4 ? 2 : 1;
-    Panel panel = {.codes = scratch};
-    panel.scales = (__m256 *)(panel.codes + (size_t)w->groups * 16);
-    panel.zeros = panel.scales + (size_t)w->groups * 2;
-    for (size_t tile = first; tile < last; tile += tiles) {
-        fill_panel(w, tile, last, &panel);
-        for (int row = 0; row < rows; row += 4) {
-            __m256 totals[4][2];
-            size_t which[4];
-            for (int m = 0; m < 4; m++) which[m] = row + m < rows ? row + m : rows - 1;
-            if (w->bits == 4) four_rows(&panel, x, which, 4, totals);
-            else four_rows(&panel, x, which, 8, totals);
-            for (int m = 0; m < 4 && row + m < rows; m++)
-                for (size_t t = 0; t < tiles && tile + t < last; t++)
-                    put(w, tile + t, totals[m][t], y + (row + m) * stride);
-        }
-    }
+    if (w->bits == 4 && w->tile_zeros) by_panels(w, x, rows, first, last, y, stride, scratch, 4, 1);
+    else if (w->bits == 4) by_panels(w, x, rows, first, last, y, stride, scratch, 4, 0);
+    else if (w->tile_zeros) by_panels(w, x, rows, first, last, y, stride, scratch, 8, 1);
+    else by_panels(w, x, rows, first, last, y, stride, scratch, 8, 0);
 }
 
 void multiply(const Weights *w, const Rows8 *x, int rows, int first, int last, float *y, size_t stride,
               void *scratch) {
     const size_t from = first / TILE, to = (last + TILE - 1) / TILE;
-    if (rows >= PANEL_ROWS) {
+    if (x->moved) {
         many_rows(w, x, rows, from, to, y, stride, scratch);
         return;
     }
@@ -332,15 +367,15 @@ void lookup_row(const Weights *w, int row, float *y) {
     const size_t tile = row / TILE, lane = row % TILE;
     const uint8_t *codes = w->packed + tile * w->groups * group_bytes(w) + lane * 4;
     for (int g = 0; g < w->groups; g++, codes += group_bytes(w)) {
-        float scales[TILE], zeros[TILE];
-        const int per_block = w->block / GROUP;
-        _mm256_storeu_ps(scales, scales_of(w, tile, g, per_block));
-        _mm256_storeu_ps(zeros, minus_zeros_of(w, tile, g, per_block, w->bits));
+        float scales[TILE];
+        const size_t place = (tile * w->blocks + (g >> w->shift)) * TILE + lane;
+        const int zero = w->tile_zeros ? w->tile_zeros[place] : w->bits == 8 ? 128 : 8;
+        _mm256_storeu_ps(scales, scales_of(w, tile, g));
         for (int i = 0; i < GROUP && g * GROUP + i < w->k; i++) {
             const int word = w->bits == 8 ? i / 4 : i % 16 / 4;
             const uint8_t byte = codes[(size_t)word * TILE * 4 + i % 4];
             const int code = w->bits == 8 ? byte : i < 16 ? byte & 15 : byte >> 4;
-            y[g * GROUP + i] = ((float)code + zeros[lane]) * scales[lane];
+            y[g * GROUP + i] = (float)(code - zero) * scales[lane];
         }
     }
 }
@@ -458,8 +493,8 @@ void plus(const float *a, const float *b, int width, float *y) {
     for (int i = 0; i < width; i++) y[i] = a[i] + b[i];
 }
 
-/* Pieces of columns: many enough for threads to share them evenly, whole pairs of tiles each. */
+/* Pieces of columns: many enough for threads to share them evenly, whole panels each. */
 int column_piece(int n) {
-    const int each = (n + 15) / 16;
-    return (each + 2 * TILE - 1) / (2 * TILE) * (2 * TILE);
+    const int each = (n + 15) / 16, panel = SLOTS * TILE;
+    return (each + panel - 1) / panel * panel;
 }

@@ -21,6 +21,7 @@ typedef struct {
     const uint8_t *zeros;
     const float *bias;
     int k, n, bits, block, blocks, groups, half_scales;
+    int shift; /* of a group's number to its block's */
     uint8_t *packed, *tile_scales, *tile_zeros; /* set by `begin_packing` */
 } Weights;
 
@@ -32,23 +33,24 @@ void begin_packing(Weights *w, void *memory);
 void pack_codes(const Weights *w, size_t first, size_t last);
 size_t row_bytes(const Weights *w);
 
+/* From so many rows on codes of weights are unpacked once for all of them, into panels. */
+enum { PANEL_ROWS = 16 };
+
 /* Rows of activations in 8 bits: round(x / scale) with scale = max|x| / 127 over GROUP of them. */
 typedef struct {
-    int8_t *codes; /* (rows, groups, GROUP) */
+    int8_t *codes; /* (rows, groups, GROUP); 128 is added where `moved`, as products with panels want it */
     float *scales; /* (rows, groups) */
-    float *sums;   /* (rows, groups): scale * sum of codes */
-    int k, groups;
+    int32_t *sums; /* (rows, groups): eight times the sum of the codes */
+    int k, groups, moved;
 } Rows8;
 
 /* One row of k floats becomes row `row` of `to`. */
 void quantize_row(const float *x, const Rows8 *to, int row);
 
-/* From so many rows on codes are unpacked once for all of them. */
-enum { PANEL_ROWS = 16 };
 size_t panel_bytes(int k);
 
 /* y[m, n] = sum over k of x[m, k] * weight[n, k], plus bias, for n in [first, last), multiples of TILE or the end;
- * rows of y lie `stride` floats apart; `scratch` has panel_bytes(k), aligned to 32. */
+ * rows of y lie `stride` floats apart; `scratch` has panel_bytes(k), aligned to 32, if activations are moved. */
 void multiply(const Weights *w, const Rows8 *x, int rows, int first, int last, float *y, size_t stride,
               void *scratch);
 

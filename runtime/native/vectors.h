@@ -5,6 +5,8 @@
 
 #include <immintrin.h>
 #include <stddef.h>
+#include <stdint.h>
+#include <string.h>
 
 #pragma GCC target("avx2,fma,f16c")
 
@@ -30,6 +32,23 @@ static inline void store_with(__m256 results, const float *bias, size_t count, f
     _mm256_storeu_ps(some, results);
     for (size_t i = 0; i < count; i++) to[i] = some[i] + (bias ? bias[i] : 0.0f);
 }
+
+/* Four bytes in each of eight lanes. */
+static inline __m256i four_codes(const void *codes) {
+    int32_t word;
+    memcpy(&word, codes, sizeof word);
+    return _mm256_set1_epi32(word);
+}
+
+/* Instructions as they stand: GCC would load what two rows need first, move sums about, and add integers up in
+ * another order, for which registers do not suffice. The products are those of unsigned by signed bytes, in pairs. */
+static inline __m256i pair_products(__m256i codes, const void *others) {
+    __m256i sums;
+    __asm__("vpmaddubsw %2, %1, %0" : "=x"(sums) : "x"(codes), "m"(*(const __m256i *)others));
+    return sums;
+}
+#define ADD_16(sum, more) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(more))
+#define ADD_32(sum, more) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(more))
 
 /* e**x for x in [-87, 88]: 2**round(x / ln 2) times a polynomial of degree 6 of the rest. */
 static inline __m256 exponential(__m256 x) {
