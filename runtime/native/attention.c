@@ -92,6 +92,29 @@ static inline __attribute__((always_inline)) void score(const float *queries, co
     }
 }
 
+/* The same with keys (dim, stride): no lanes to add up. Scores behind the last key are whatever. */
+static inline __attribute__((always_inline)) void score_turned(const float *queries, const int n, const float *keys,
+                                                               int stride, int count, int dim,
+                                                               float scores[4][KEYS]) {
+    for (int j = 0; j < count; j += TURNED) {
+        __m256 a[4], b[4];
+#pragma GCC unroll 4
+        for (int q = 0; q < n; q++) a[q] = b[q] = _mm256_setzero_ps();
+        const float *key = keys + j;
+        for (int d = 0; d < dim; d++, key += stride) {
+            const __m256 first = _mm256_loadu_ps(key), second = _mm256_loadu_ps(key + 8);
+#pragma GCC unroll 4
+            for (int q = 0; q < n; q++) {
+                const __m256 x = _mm256_broadcast_ss(queries + q * dim + d);
+                a[q] = _mm256_fmadd_ps(x, first, a[q]);
+                b[q] = _mm256_fmadd_ps(x, second, b[q]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < n; q++) _mm256_storeu_ps(scores[q] + j, a[q]), _mm256_storeu_ps(scores[q] + j + 8, b[q]);
+    }
+}
+
 /* totals[q] += weights[q][j] * values[j] */
 static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], const int n, const float *values,
                                                       int count, int dim, float *totals) {
@@ -151,7 +174,7 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
         const size_t size = size_of(heads->kind), offset = size * at * dim;
         /* Of the first block keys come first, values while keys are looked at; of others both while the one
          * before is looked at. */
-        if (at == first && !heads->fetched) {
+        if (at == first && !heads->fetched && !heads->turned) {
             fetch((const char *)heads->keys + offset, size * some * dim);
             fetch((const char *)heads->values + offset, size * some * dim);
         }
@@ -161,14 +184,21 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
                      .values = last_one ? heads->soon[1] : (const char *)heads->values + offset + step,
                      .left = row * (next < KEYS ? next : KEYS),
                      .each = 4 * row};
-        const float *const keys = widen((const char *)heads->keys + offset, heads->kind, some * dim, wide);
+        const float *const turned = heads->turned ? (const float *)heads->keys + at : NULL;
+        if (turned) soon.left = 0;
+        const float *const keys = turned ? NULL : widen((const char *)heads->keys + offset, heads->kind, some * dim, wide);
         for (int q = 0; q < count; q += 4) {
             const float *const from = query + q * dim;
-            switch (count - q) {
-            case 1: score(from, 1, keys, some, dim, scores + q, &soon); break;
-            case 2: score(from, 2, keys, some, dim, scores + q, &soon); break;
-            case 3: score(from, 3, keys, some, dim, scores + q, &soon); break;
-            default: score(from, 4, keys, some, dim, scores + q, &soon);
+            const int few = count - q < 4 ? count - q : 4;
+#define SCORE(n)                                                                          \
+    if (turned) score_turned(from, n, turned, heads->turned, some, dim, scores + q); \
+    else score(from, n, keys, some, dim, scores + q, &soon);                              \
+    break
+            switch (few) {
+            case 1: SCORE(1);
+            case 2: SCORE(2);
+            case 3: SCORE(3);
+            default: SCORE(4);
             }
         }
         if (a->softcap > 0)
@@ -219,14 +249,18 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
     for (int q = 0; q < count; q++) {
         *out[q].largest = largest[q];
         *out[q].sum = sums[q];
-        for (int d = 0; d < dim; d++)
-            out[q].total[d] =
-                totals[q * dim + d] * (heads->value_scales ? heads->value_scales[d * heads->value_step] : 1.0f);
+        memcpy(out[q].total, totals + q * dim, sizeof(float) * dim);
+        for (int d = 0; heads->value_scales && d < dim; d++)
+            out[q].total[d] *= heads->value_scales[d * heads->value_step];
     }
 }
 
 void combine(const float *largest, const float *sums, const float *totals, int parts, int dim, float *out) {
     float top = -INFINITY, sum = 0;
+    if (parts == 1) {
+        for (int d = 0; d < dim; d++) out[d] = sums[0] > 0 ? totals[d] / sums[0] : 0;
+        return;
+    }
     for (int i = 0; i < parts; i++) top = largest[i] > top ? largest[i] : top;
     memset(out, 0, sizeof(float) * dim);
     for (int i = 0; i < parts; i++) {

@@ -7,6 +7,7 @@
 
 enum { KEYS = 64 };      /* keys that are looked at together */
 enum { MOST_DIM = 256 }; /* a head's size at the most; a multiple of 8 */
+enum { TURNED = 16 };    /* keys that are looked at together where they are turned */
 enum { QUERIES = 16 };   /* of one head that are looked at together, so that keys and values become floats once */
 
 /* GroupQueryAttention of com.microsoft, as far as its kernels here go: no bias, no sinks. */
@@ -26,6 +27,7 @@ typedef struct {
     const float *key_scales, *value_scales; /* NULL: none */
     enum Kept kind;
     int key_step, value_step;
+    int turned;           /* keys are (dim, turned) instead, floats; a multiple of TURNED. 0: they are not */
     int fetched;          /* whether the first keys were asked for already */
     const void *soon[2];  /* keys and values of another head that come next, and how many; NULL, 0: none */
     int soon_count;

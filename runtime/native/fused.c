@@ -134,6 +134,7 @@ typedef struct {
     enum Kept kind;
     int half; /* numbers a row of a table has */
     int64_t capacity;
+    int turned;           /* whether a key lies in a column: (batch, heads, dim, capacity) */
     const float *mask;    /* (batch, heads, queries, keys), each or but the last as one for all; NULL: none */
     int64_t mask_step[3]; /* from one of each to the next; 0: it is the same */
 } Cache;
@@ -230,6 +231,11 @@ static void store(const Run *run, const Stage *s, int row) {
     for (int which = 0; which < 2; which++) {
         const float *from = x + (a->heads + which * a->kv_heads) * a->dim;
         for (int head = 0; head < a->kv_heads; head++, from += a->dim) {
+            if (cache->turned && which == 0) {
+                float *key = (float *)kept_at(cache, 0, a, batch, head, 0) + position;
+                for (int d = 0; d < a->dim; d++, key += cache->capacity) *key = from[d];
+                continue;
+            }
             uint8_t *to = kept_at(cache, which, a, batch, head, position);
             if (cache->kind == FLOATS) memcpy(to, from, sizeof(float) * a->dim);
             else if (cache->kind == HALVES) narrow(from, a->dim, (uint16_t *)to);
@@ -272,18 +278,19 @@ static int keys_a_part(int total) {
 
 /* Queries of one head, or of one token, over one part of the keys of a head. */
 static void attend_part(const Attention *a, const Heads *kept, const float *const queries[], const int positions[],
-                        const float *const masks[], int count, int part, const Partial out[]) {
+                        int count, int part, const Partial out[]) {
     const int seen = positions[count - 1] + 1, each = keys_a_part(seen);
     int first = part * each, last = first + each < seen ? first + each : seen;
     const int nearest = a->window > 0 ? (positions[0] + 1 - a->window) / KEYS * KEYS : 0;
     if (first < nearest) first = nearest;
-    attend(a, kept, queries, positions, masks, count, first, last, out);
+    attend(a, kept, queries, positions, NULL, count, first, last, out);
 }
 
 static Heads heads_of(const Keeping *keeping, const Cache *cache, int batch, int kv) {
     const Attention *a = &keeping->shape;
     Heads kept = {.kind = cache->kind, .key_step = keeping->step[0], .value_step = keeping->step[1]};
     kept.keys = kept_at(cache, 0, a, batch, kv, 0), kept.values = kept_at(cache, 1, a, batch, kv, 0);
+    kept.turned = cache->turned ? (int)cache->capacity : 0;
     if (cache->kind == CODES) {
         kept.key_scales = keeping->scales[0] + kv * a->dim * keeping->step[0];
         kept.value_scales = keeping->scales[1] + kv * a->dim * keeping->step[1];
@@ -330,7 +337,7 @@ static void run_token(const Run *run, const Stage *s, int piece, int fetched, in
             queries[i] = run->value[s->a] + (size_t)row * p->widths[s->a] + head * a->dim;
             out[i] = (Partial){run->largest + place, run->sums + place, run->totals + place * a->dim};
         }
-        attend_part(a, &kept, queries, positions, NULL, count, part, out);
+        attend_part(a, &kept, queries, positions, count, part, out);
         kept.fetched = 1;
     }
 }
@@ -349,14 +356,14 @@ static void run_tokens(const Run *run, const Stage *s, int piece) {
     const int end = (block + 1) * QUERIES < run->length ? (block + 1) * QUERIES : run->length;
     float largest[QUERIES][MOST_PARTS], sums[QUERIES][MOST_PARTS], totals[QUERIES][MOST_PARTS * MOST_DIM];
     for (int at = block * QUERIES, count; at < end; at += count) {
-        const int each = keys_a_part(p->keeps ? before + at + 1 : run->length);
+        const int each = p->keeps ? keys_a_part(before + at + 1) : run->length;
         const float *queries[QUERIES], *masks[QUERIES];
         int positions[QUERIES];
         for (count = 0; at + count < end; count++) {
             const int row = batch * run->length + at + count;
             positions[count] = p->keeps ? before + at + count : run->length - 1;
             masks[count] = mask ? mask + (at + count) * cache->mask_step[2] : NULL;
-            if (keys_a_part(positions[count] + 1) != each) break;
+            if (p->keeps && keys_a_part(positions[count] + 1) != each) break;
             queries[count] = run->value[s->a] + (size_t)row * p->widths[s->a] + head * a->dim;
         }
         const int parts = (positions[count - 1] + each) / each;
@@ -364,7 +371,8 @@ static void run_tokens(const Run *run, const Stage *s, int piece) {
             Partial out[QUERIES];
             for (int i = 0; i < count; i++)
                 out[i] = (Partial){&largest[i][part], &sums[i][part], totals[i] + part * a->dim};
-            attend_part(a, &kept, queries, positions, mask ? masks : NULL, count, part, out);
+            if (p->keeps) attend_part(a, &kept, queries, positions, count, part, out);
+            else attend(a, &kept, queries, positions, mask ? masks : NULL, count, 0, run->length, out);
         }
         for (int i = 0; i < count; i++) {
             const size_t row = (size_t)batch * run->length + at + i;
@@ -564,7 +572,7 @@ static Status find_masks(Run *run, void *context) {
     for (int i = 0; i < p->attentions; i++) {
         const Attention *a = &p->keeping[i].shape;
         Cache *cache = &run->caches[i];
-        cache->kind = FLOATS, cache->capacity = run->length;
+        cache->kind = FLOATS, cache->turned = 1, cache->capacity = (run->length + TURNED - 1) / TURNED * TURNED;
         if (p->keeping[i].mask < 0) continue;
         int64_t dims[8];
         int type;
@@ -581,14 +589,15 @@ static Status find_masks(Run *run, void *context) {
     return NULL;
 }
 
-/* Memory for keys and values of this run alone, which all attentions use one after the other. */
-static size_t passing_size(const Program *p, int64_t rows) {
+/* Memory for keys, or for values, of this run alone, which all attentions use one after the other. */
+static size_t passing_size(const Run *run) {
+    const Program *p = run->program;
     size_t most = 0;
     for (int i = 0; i < p->attentions && !p->keeps; i++) {
         const size_t width = (size_t)p->keeping[i].shape.kv_heads * p->keeping[i].shape.dim;
         if (width > most) most = width;
     }
-    return most * rows * sizeof(float);
+    return most ? most * run->batch * run->caches[0].capacity * sizeof(float) : 0;
 }
 
 /* Takes memory for the rows of a run, and shares out what is to be done with them. */
@@ -604,7 +613,7 @@ static Status run_rows(Run *run, void *context) {
         if ((size_t)a->heads * a->dim > head_numbers) head_numbers = (size_t)a->heads * a->dim;
     }
     heads *= rows * run->parts, head_numbers *= rows * run->parts;
-    const size_t passing = passing_size(p, rows);
+    const size_t passing = passing_size(run);
     size_t size = aligned(sizeof(Rows8) * p->values) + aligned(sizeof(Rows7) * p->values) + 2 * aligned(passing) +
                   3 * aligned(sizeof(int) * p->phases) + 2 * aligned(heads * sizeof(float)) +
                   aligned(head_numbers * sizeof(float));
