@@ -676,7 +676,7 @@ static Status run_rows(Run *run, void *context) {
                 pieces += (w->n + piece - 1) / piece;
             }
         else
-            pieces = rows < 16 ? (int)(rows + 3) / 4 : (int)(rows + 15) / 16;
+            pieces = rows < 16 ? (int)(rows + 3) / 4 : (int)(rows + 7) / 8;
         run->pieces[i] = pieces;
         if (pieces > most) most = pieces;
         atomic_init(&run->next[i], 0);
