@@ -620,7 +620,7 @@ static Status run_rows(Run *run, void *context) {
     for (int s = 0; s < p->slots; s++) size += aligned(rows * p->slot_width[s] * sizeof(float));
     for (int v = 0; v < p->values; v++) {
         const size_t groups = (p->widths[v] + GROUP - 1) / GROUP, words = (p->widths[v] + 3) / 4;
-        if (p->rounded[v]) size += aligned(rows * groups * GROUP) + 2 * aligned(rows * groups * sizeof(float));
+        if (p->rounded[v]) size += aligned(rows * groups * GROUP) + 3 * aligned(rows * groups * sizeof(float));
         if (p->rounded_rows[v]) size += aligned(rows * words * 4) + 2 * aligned(rows * sizeof(float));
     }
     size += many ? aligned(p->panel) * (run->offered + 1) : 0;
@@ -657,6 +657,7 @@ static Status run_rows(Run *run, void *context) {
         run->rows8[v].codes = (int8_t *)TAKE(rows * groups * GROUP);
         run->rows8[v].scales = (float *)TAKE(rows * groups * sizeof(float));
         run->rows8[v].sums = (int32_t *)TAKE(rows * groups * sizeof(int32_t));
+        run->rows8[v].starts = (uint32_t *)TAKE(rows * groups * sizeof(uint32_t));
     }
     run->panels = at;
     atomic_init(&run->panels_taken, 0);

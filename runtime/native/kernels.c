@@ -31,6 +31,7 @@ void quantize_row(const float *x, const Rows8 *to, int row) {
     int8_t *codes = to->codes + (size_t)row * to->groups * GROUP;
     float *scales = to->scales + (size_t)row * to->groups;
     int32_t *sums = to->sums + (size_t)row * to->groups;
+    uint32_t *starts = to->starts + (size_t)row * to->groups;
     const __m256i moved = _mm256_set1_epi8((char)(to->moved ? 0x80 : 0));
     for (int g = 0; g < to->groups; g++) {
         float last[GROUP];
@@ -41,7 +42,8 @@ void quantize_row(const float *x, const Rows8 *to, int row) {
             from = last;
         }
         __m256i rounded;
-        sums[g] = 8 * quantize_group(from, &rounded, &scales[g]);
+        const int sum = quantize_group(from, &rounded, &scales[g]);
+        sums[g] = 8 * sum, starts[g] = (uint16_t)(-4 * sum) * 0x10001u;
         _mm256_storeu_si256((__m256i *)(codes + g * GROUP), _mm256_xor_si256(rounded, moved));
     }
 }
@@ -155,7 +157,9 @@ enum { AHEAD = 4096 };
 /* A tile of weights by `rows` rows of activations, four at the most.
  *
  * vpmaddubsw multiplies unsigned by signed bytes and adds pairs of them in 16 bits. Codes of 4 bits leave room
- * there for all of a group: 8 * 2 * 15 * 127 < 2**15. Codes of 8 bits go in as two halves of 4. */
+ * there for all of a group: of the 32 activations that a sum of 16 products begins with, those in it count code - 4
+ * times and the others -4 times, which is 16 * (11 + 4) * 127 < 2**15 at the most. Codes of 8 bits go in as two
+ * halves of 4, and the middle is taken off the high one. */
 static inline __attribute__((always_inline)) void few(const Weights *w, size_t tile, const Rows8 *x, int row,
                                                       const int rows, const int bits, const int zeros, float *y,
                                                       size_t stride) {
@@ -167,7 +171,10 @@ static inline __attribute__((always_inline)) void few(const Weights *w, size_t t
     for (int g = 0; g < w->groups; g++, codes += bits) {
         __m256i sums[4], high[4];
 #pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) sums[m] = high[m] = _mm256_setzero_si256();
+        for (int m = 0; m < rows; m++) {
+            const __m256i start = _mm256_set1_epi32((int)x->starts[(size_t)(row + m) * w->groups + g]);
+            sums[m] = bits == 4 ? start : _mm256_setzero_si256(), high[m] = start;
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < bits; i++) {
             const __m256i both = _mm256_loadu_si256(codes + i);
@@ -187,11 +194,9 @@ static inline __attribute__((always_inline)) void few(const Weights *w, size_t t
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++) {
             const size_t group = (size_t)(row + m) * w->groups + g;
-            const __m256i eight_sums = _mm256_set1_epi32(x->sums[group]);
             __m256i sum = _mm256_madd_epi16(sums[m], ones);
             if (bits == 8) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high[m], sixteens));
-            sum = _mm256_sub_epi32(sum, bits == 4 ? eight_sums : _mm256_slli_epi32(eight_sums, 4));
-            if (zeros) sum = _mm256_add_epi32(sum, zero_products(below, eight_sums));
+            if (zeros) sum = _mm256_add_epi32(sum, zero_products(below, _mm256_set1_epi32(x->sums[group])));
             totals[m] = add_group(sum, scales, x, group, totals[m]);
         }
     }

@@ -41,6 +41,9 @@ typedef struct {
     int8_t *codes; /* (rows, groups, GROUP); 128 is added where `moved`, as products with panels want it */
     float *scales; /* (rows, groups) */
     int32_t *sums; /* (rows, groups): eight times the sum of the codes */
+    /* (rows, groups): minus four times that sum, twice in 16 bits, where products of unsigned codes of weights begin,
+     * whose middle is 8 */
+    uint32_t *starts;
     int k, groups, moved;
 } Rows8;
 

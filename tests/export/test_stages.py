@@ -91,6 +91,36 @@ def test_products_are_those_of_rounded_activations(bits, block, half, zeros):
             assert difference <= EXACT * np.abs(expected).max(), (k, n, batch, length)
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_as_large_as_can_be_do_not_leave_16_bits(bits, zeros):
+    """Sums of 16 codes with activations of one sign or both, at either end of their ranges."""
+    rng = np.random.default_rng(bits)
+    k, n, block = 96, 24, 32
+    constants, _ = weights(rng, k, n, bits, block, zeros, False, False)
+    constants["scales"][:] = 1.0
+    codes, ends = constants["codes"], np.array([0, 255], np.uint8)
+    codes[:8] = ends[rng.integers(0, 2, codes[:8].shape)]
+    codes[8:12], codes[12:16] = 0, 255
+    codes[16:20, :, ::2], codes[16:20, :, 1::2] = 0, 255
+    codes[20:, :, : codes.shape[2] // 2], codes[20:, :, codes.shape[2] // 2 :] = 255, 0
+    whole = codes if bits == 8 else np.stack([codes & 15, codes >> 4], -1).reshape(n, -1, block)
+    points = np.full((n, k // block), 8 if bits == 4 else 128)
+    if zeros:
+        constants["zeros"][:] = 0 if bits == 4 else 255
+        points[:] = 0 if bits == 4 else 255
+    matrix = (whole.astype(np.float64) - points[..., None]).reshape(n, -1)
+    model = model_of(
+        product(k, n, bits, block, constants), {"x": ["b", "s", k]}, {"y": ["b", "s", n]}, constants
+    )
+    run = session(fused(model))
+    x = rng.choice([-127.0, 127.0], (20, k)).astype(np.float32)
+    x[0], x[1], x[2, ::2], x[3, :16], x[4, 16:] = 127, -127, 127, -127, 127
+    for rows in (1, 2, 3, 5, 20):
+        (y,) = run.run(None, {"x": x[None, :rows]})
+        np.testing.assert_array_equal(y[0], x[:rows].astype(np.float64) @ matrix.T)
+
+
 def test_a_row_of_zeros_stays_zero_and_empty_input_gives_an_empty_result():
     constants, _ = weights(np.random.default_rng(0), 64, 8, 4, 32, True, True, False)
     model = model_of(product(64, 8, 4, 32, constants), {"x": ["b", "s", 64]}, {"y": ["b", "s", 8]}, constants)
