@@ -335,10 +335,17 @@ static inline __attribute__((always_inline)) void by_panels(const Weights *w, co
                                                             const int bits, const int zeros) {
     const int slots = bits == 4 ? SLOTS : SLOTS_8, tiles = bits == 4 ? SLOTS : SLOTS_8 / 2, most = bits == 4 ? 2 : 1;
     const Panel panel = panel_in(scratch, w->groups, slots);
+    const size_t size = w->groups * group_bytes(w);
     for (size_t tile = first; tile < last; tile += tiles) {
         fill_panel(w, tile, last, bits, &panel);
+        /* The codes of the next panel are asked for meanwhile, some with each row. */
+        const char *next = (const char *)(w->packed + (tile + tiles) * size);
+        const size_t left = last - tile < 2 * (size_t)tiles ? last - tile : 2 * (size_t)tiles;
+        const char *const end = next + (left > (size_t)tiles ? (left - tiles) * size : 0);
+        const size_t each = ((end - next) * most / rows + 63) / 64 * 64;
         for (int row = 0; row < rows; row += most) {
             __m256 totals[2][SLOTS];
+            for (size_t at = 0; at < each && next < end; at += 64, next += 64) _mm_prefetch(next, _MM_HINT_T1);
             const int some = row + most <= rows ? most : 1;
             if (some == 2) panel_by_rows(&panel, x, row, 2, bits, zeros, totals);
             else panel_by_rows(&panel, x, row, 1, bits, zeros, totals);
