@@ -40,3 +40,12 @@ def session(model, threads=2):
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def change_attribute(proto, name, change):
+    """Let the only node's attribute be what ``change`` makes of its integers."""
+    (node,) = proto.graph.node
+    (attribute,) = [a for a in node.attribute if a.name == name]
+    values = change(list(attribute.ints))
+    del attribute.ints[:]
+    attribute.ints.extend(values)

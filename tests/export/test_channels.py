@@ -5,7 +5,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from fused_nodes import CONTRIB, FLOAT, fused, model_of, session
+from fused_nodes import CONTRIB, FLOAT, change_attribute, fused, model_of, session
 from onnx import TensorProto, helper
 
 from gemini.compress.apply import run_recipe
@@ -178,11 +178,7 @@ def test_a_number_a_channel_and_codes_in_blocks_may_stand_together():
 def test_a_node_whose_attributes_do_not_fit_is_refused(name, change):
     constants, _ = weights(np.random.default_rng(0), 64, 16)
     proto = fused(one_product(constants, 64, 16))
-    (node,) = proto.graph.node
-    (attribute,) = [a for a in node.attribute if a.name == name]
-    values = change(list(attribute.ints))
-    del attribute.ints[:]
-    attribute.ints.extend(values)
+    change_attribute(proto, name, change)
     with pytest.raises(Exception, match=r"Fused|constant|input|Invalid|buffer"):
         session(proto).run(None, {"x": np.zeros((1, 1, 64), np.float32)})
 

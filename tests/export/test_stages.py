@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from fused_nodes import CONTRIB, FLOAT, fused, model_of, session
+from fused_nodes import CONTRIB, FLOAT, change_attribute, fused, model_of, session
 from onnx import TensorProto, helper, numpy_helper
 
 from gemini.compress.apply import run_recipe
@@ -726,11 +726,7 @@ def test_a_node_whose_attributes_do_not_fit_is_refused(name, change):
         product(64, 16, 4, 32, constants), {"x": ["b", "s", 64]}, {"y": ["b", "s", 16]}, constants
     )
     proto = fused(model)
-    (node,) = proto.graph.node
-    (attribute,) = [a for a in node.attribute if a.name == name]
-    values = change(list(attribute.ints))
-    del attribute.ints[:]
-    attribute.ints.extend(values)
+    change_attribute(proto, name, change)
     with pytest.raises(Exception, match=r"Fused|constant|input|Invalid|buffer"):
         session(proto).run(None, {"x": np.zeros((1, 1, 64), np.float32)})
 
