@@ -186,15 +186,15 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
                      .each = 4 * row};
         const float *const turned = heads->turned ? (const float *)heads->keys + at : NULL;
         if (turned) soon.left = 0;
-        const float *const keys = turned ? NULL : widen((const char *)heads->keys + offset, heads->kind, some * dim, wide);
+        const void *const kept = (const char *)heads->keys + offset;
+        const float *const keys = turned ? NULL : widen(kept, heads->kind, some * dim, wide);
         for (int q = 0; q < count; q += 4) {
             const float *const from = query + q * dim;
-            const int few = count - q < 4 ? count - q : 4;
-#define SCORE(n)                                                                          \
+#define SCORE(n)                                                                     \
     if (turned) score_turned(from, n, turned, heads->turned, some, dim, scores + q); \
-    else score(from, n, keys, some, dim, scores + q, &soon);                              \
+    else score(from, n, keys, some, dim, scores + q, &soon);                         \
     break
-            switch (few) {
+            switch (count - q) {
             case 1: SCORE(1);
             case 2: SCORE(2);
             case 3: SCORE(3);

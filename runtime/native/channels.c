@@ -220,9 +220,3 @@ void multiply_channels(const Channels *w, const Rows7 *x, int rows, int first_co
         }
     }
 }
-
-/* Many enough for threads to share them evenly, whole panels each. */
-int channel_piece(int n) {
-    const int each = (n + 15) / 16;
-    return (each + CHANNELS - 1) / CHANNELS * CHANNELS;
-}

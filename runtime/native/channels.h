@@ -47,7 +47,4 @@ void quantize_whole_row(const float *x, const Rows7 *to, int row);
  * end; rows of y lie `stride` floats apart. */
 void multiply_channels(const Channels *w, const Rows7 *x, int rows, int first, int last, float *y, size_t stride);
 
-/* How many columns of a product are a piece of work. */
-int channel_piece(int n);
-
 #endif

@@ -434,7 +434,11 @@ static void run_step(const Run *run, const Step *step, int row) {
     }
 }
 
-static int piece_of(const Weights *w) { return w->block ? column_piece(w->n) : channel_piece(w->n); }
+/* How many columns of a product are a piece of work: pieces are enough for threads to share evenly, of whole panels. */
+static int piece_of(const Weights *w) {
+    const int each = (w->n + 15) / 16, panel = w->block ? PANEL_COLUMNS : CHANNELS;
+    return (each + panel - 1) / panel * panel;
+}
 
 /* Columns of the products of a phase are numbered one product after the other, in pieces of whole panels. */
 static void run_columns(const Run *run, const Phase *phase, int piece, void *panel) {

@@ -121,7 +121,7 @@ void begin_packing(Weights *w, void *memory) {
         }
 }
 
-/* The scales of a tile's rows for a group, and minus their zero points. */
+/* The scales of a tile's rows for a group. */
 static inline __m256 scales_of(const Weights *w, size_t tile, int group) {
     const size_t place = (tile * w->blocks + (group >> w->shift)) * TILE;
     if (w->half_scales) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w->tile_scales + 2 * place)));
@@ -226,7 +226,7 @@ static void few_rows(const Weights *w, const Rows8 *x, int row, int rows, size_t
  * and those of activations are moved by 128. What that adds to each 16-bit sum is taken away before: sums may leave
  * 16 bits on the way, but |sum| <= 16 * 8 * 127 in the end. Codes of 8 bits are 16 * (high - 8) + (low - 8) + 136. */
 
-enum { SLOTS = 3, SLOTS_8 = 4 }; /* tiles that a panel holds; halves of tiles of 8 bits, the high ones first */
+enum { SLOTS = PANEL_COLUMNS / TILE, SLOTS_8 = 4 }; /* tiles that a panel holds; halves of tiles of 8 bits, the high ones first */
 
 typedef struct {
     __m256i *codes;  /* (groups, 8, slots): four codes along k of eight rows */
@@ -339,9 +339,9 @@ static inline __attribute__((always_inline)) void by_panels(const Weights *w, co
     for (size_t tile = first; tile < last; tile += tiles) {
         fill_panel(w, tile, last, bits, &panel);
         /* The codes of the next panel are asked for meanwhile, some with each row. */
-        const char *next = (const char *)(w->packed + (tile + tiles) * size);
-        const size_t left = last - tile < 2 * (size_t)tiles ? last - tile : 2 * (size_t)tiles;
-        const char *const end = next + (left > (size_t)tiles ? (left - tiles) * size : 0);
+        const size_t after = tile + tiles < last ? tile + tiles : last;
+        const size_t behind = after + tiles < last ? after + tiles : last;
+        const uint8_t *next = w->packed + after * size, *const end = w->packed + behind * size;
         const size_t each = ((end - next) * most / rows + 63) / 64 * 64;
         for (int row = 0; row < rows; row += most) {
             __m256 totals[2][SLOTS];
@@ -503,10 +503,4 @@ void times(const float *a, const float *b, int width, float *y) {
 
 void plus(const float *a, const float *b, int width, float *y) {
     for (int i = 0; i < width; i++) y[i] = a[i] + b[i];
-}
-
-/* Pieces of columns: many enough for threads to share them evenly, whole panels each. */
-int column_piece(int n) {
-    const int each = (n + 15) / 16, panel = SLOTS * TILE;
-    return (each + panel - 1) / panel * panel;
 }

@@ -33,8 +33,8 @@ void begin_packing(Weights *w, void *memory);
 void pack_codes(const Weights *w, size_t first, size_t last);
 size_t row_bytes(const Weights *w);
 
-/* From so many rows on codes of weights are unpacked once for all of them, into panels. */
-enum { PANEL_ROWS = 16 };
+/* From so many rows on codes of weights are unpacked once for all of them, into panels of so many columns. */
+enum { PANEL_ROWS = 16, PANEL_COLUMNS = 24 };
 
 /* Rows of activations in 8 bits: round(x / scale) with scale = max|x| / 127 over GROUP of them. */
 typedef struct {
@@ -59,9 +59,6 @@ void multiply(const Weights *w, const Rows8 *x, int rows, int first, int last, f
 
 /* Row `row` of packed weights as k floats. */
 void lookup_row(const Weights *w, int row, float *y);
-
-/* How many columns of a product are a piece of work. */
-int column_piece(int n);
 
 void rms_norm(const float *x, const float *skip, const float *gain, float epsilon, int width, float *sum, float *y);
 void layer_norm(const float *x, const float *gain, const float *bias, float epsilon, int width, float *y);
