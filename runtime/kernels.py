@@ -17,9 +17,9 @@ import onnxruntime as ort
 
 from gemini.errors import UsageError
 
-VARIABLE = "GEMINI_KERNELS"  # "own" or "onnxruntime"; unset: whichever is the faster one
-_OWN, _OTHERS = "own", "onnxruntime"
-_RUNS = 1  # what gemini_processor says: 0 no, 1 yes, 2 yes and onnxruntime's kernels are faster
+VARIABLE = "GEMINI_KERNELS"  # one of these; unset: whichever are the fastest
+_OWN, _OWN_IN_AVX2, _OTHERS = "own", "avx2", "onnxruntime"
+_RUNS, _AVX_VNNI, _AVX512_VNNI = 1, 2, 3  # what gemini_processor says; 0: the kernels cannot run
 
 
 @functools.cache
@@ -44,21 +44,29 @@ def available() -> bool:
     return _processor() >= _RUNS
 
 
+def instructions() -> list[str]:
+    """What the own kernels can compute with here, the fastest last, as GEMINI_KERNELS names it."""
+    return [] if not available() else [_OWN_IN_AVX2, *([_OWN] if _processor() == _AVX512_VNNI else [])]
+
+
 def wanted() -> bool:
     """Whether sessions are to use the own kernels: where they are the faster ones, or as GEMINI_KERNELS says.
 
-    Processors that add up 8-bit products in one instruction (VNNI) have onnxruntime's kernels for it.
+    "avx2" lets them do without AVX-512, "own" does not.
+    Processors with AVX-VNNI alone, without AVX-512, have onnxruntime's kernels for it.
     UsageError for another value, or where "own" is asked for and cannot be.
     """
-    asked = os.environ.get(VARIABLE, "")
-    if asked not in ("", _OWN, _OTHERS):
-        raise UsageError(f"{VARIABLE} is {asked!r}.", f'Use "{_OWN}" or "{_OTHERS}", or unset it.')
-    if asked == _OWN and not available():
+    asked, own = os.environ.get(VARIABLE, ""), (_OWN, _OWN_IN_AVX2)
+    if asked not in ("", *own, _OTHERS):
+        raise UsageError(
+            f"{VARIABLE} is {asked!r}.", f'Use "{_OWN}", "{_OWN_IN_AVX2}" or "{_OTHERS}", or unset it.'
+        )
+    if asked in own and not available():
         raise UsageError(
             f"{VARIABLE} asks for the own kernels, which are not built or do not fit this processor.",
             "Unset it, or install gemini-edge where there is a C compiler.",
         )
-    return asked == _OWN or (asked == "" and _processor() == _RUNS)
+    return asked in own or (asked == "" and available() and _processor() != _AVX_VNNI)
 
 
 def state() -> str:
@@ -75,4 +83,5 @@ def register(options: ort.SessionOptions, threads: int) -> None:
     found = _library()
     assert found is not None
     found[0].gemini_use_threads(threads)
+    found[0].gemini_allow_vnni(os.environ.get(VARIABLE) != _OWN_IN_AVX2)
     options.register_custom_ops_library(str(found[1]))

@@ -7,12 +7,11 @@
 
 #include "vectors.h"
 
-enum { LEVELS = 127 };                   /* the largest code of activations */
-enum { MOST_SUM = INT16_MAX / LEVELS };  /* of codes of weights whose products are added up in 16 bits */
+enum { MOST_SUM = INT16_MAX / 127 };     /* of codes of weights whose products are added up in 16 bits */
 enum { TILES = CHANNELS / 8, WORD = 4 }; /* vectors of a word of all columns; codes of a word */
 enum { CACHED = 64 };                    /* rows that are gone through again for the next columns */
 
-void quantize_whole_row(const float *x, const Rows7 *to, int row) {
+void quantize_whole_row(const float *x, const WholeRows *to, int row) {
     __m256 lows = _mm256_setzero_ps(), highs = lows;
     int i = 0;
     for (; i + 8 <= to->k; i += 8) {
@@ -21,10 +20,11 @@ void quantize_whole_row(const float *x, const Rows7 *to, int row) {
     }
     float low = -largest_lane(_mm256_sub_ps(_mm256_setzero_ps(), lows)), high = largest_lane(highs);
     for (; i < to->k; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
-    const float scale = (high - low) / LEVELS, inverse = scale > 0 ? 1 / scale : 0;
+    const float scale = (high - low) / (float)to->levels, inverse = scale > 0 ? 1 / scale : 0;
     const int zero = (int)nearbyintf(-low * inverse);
     uint8_t *codes = to->codes + (size_t)row * to->words * WORD;
     const __m256 inverses = _mm256_set1_ps(inverse);
+    const __m256i levels = _mm256_set1_epi8((char)to->levels);
     const __m256i zeros = _mm256_set1_epi32(zero), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (i = 0; i + 32 <= to->k; i += 32) {
         __m256i q[4];
@@ -34,21 +34,21 @@ void quantize_whole_row(const float *x, const Rows7 *to, int row) {
         }
         const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
         const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, order);
-        _mm256_storeu_si256((__m256i *)(codes + i), _mm256_min_epu8(ordered, _mm256_set1_epi8(LEVELS)));
+        _mm256_storeu_si256((__m256i *)(codes + i), _mm256_min_epu8(ordered, levels));
     }
     for (; i < to->words * WORD; i++) {
         const float code = i < to->k ? nearbyintf(x[i] * inverse) + (float)zero : 0;
-        codes[i] = (uint8_t)(code > LEVELS ? LEVELS : code > 0 ? code : 0);
+        codes[i] = (uint8_t)(code > (float)to->levels ? (float)to->levels : code > 0 ? code : 0);
     }
     to->scales[row] = scale, to->zeros[row] = zero;
 }
 
-static size_t panels_of(const Channels *w) { return ((size_t)w->n + CHANNELS - 1) / CHANNELS; }
-static size_t panel_codes(const Channels *w) { return (size_t)w->words * CHANNELS * WORD; }
+static size_t panels_of(const Channels *w) { return ((size_t)w->n + w->side - 1) / w->side; }
+static size_t panel_codes(const Channels *w) { return (size_t)w->words * w->side * WORD; }
 
 size_t channel_bytes(const Channels *w) {
-    const size_t numbers = CHANNELS * 2 + w->words + MOST_TOGETHER;
-    return panels_of(w) * (panel_codes(w) + numbers * sizeof(uint32_t));
+    const size_t grouping = w->side == CHANNELS ? w->words + MOST_TOGETHER : 0;
+    return panels_of(w) * (panel_codes(w) + (2 * w->side + grouping) * sizeof(uint32_t));
 }
 
 /* Of each sum that a group of words makes in 16 bits, what its codes above 0 and below 0 come to: neither may be more
@@ -115,25 +115,25 @@ static void group_words(Channels *w, size_t panel, int8_t *room) {
 }
 
 int pack_channels(Channels *w, void *memory) {
-    const size_t panels = panels_of(w);
-    int8_t *const room = malloc(panel_codes(w) + w->words * sizeof(Group));
-    if (!room) return 0;
+    const size_t panels = panels_of(w), side = w->side;
+    const int grouped = side == CHANNELS;
+    int8_t *const room = grouped ? malloc(panel_codes(w) + w->words * sizeof(Group)) : NULL;
+    if (grouped && !room) return 0;
     w->packed = memory;
     w->panel_scales = (float *)(w->packed + panels * panel_codes(w));
-    w->sums = (int32_t *)(w->panel_scales + panels * CHANNELS);
-    w->groups = (uint32_t *)(w->sums + panels * CHANNELS);
-    w->order = w->groups + panels * MOST_TOGETHER;
+    w->sums = (int32_t *)(w->panel_scales + panels * side);
+    if (grouped) w->groups = (uint32_t *)(w->sums + panels * side), w->order = w->groups + panels * MOST_TOGETHER;
     memset(memory, 0, channel_bytes(w));
     for (size_t panel = 0; panel < panels; panel++) {
-        const int first = (int)panel * CHANNELS, count = w->n - first < CHANNELS ? w->n - first : CHANNELS;
+        const int first = (int)(panel * side), count = w->n - first < (int)side ? w->n - first : (int)side;
         int8_t *to = w->packed + panel * panel_codes(w);
         for (int k = 0; k < w->k; k++) {
             const int8_t *from = w->codes + (size_t)k * w->n + first;
-            int8_t *at = to + (size_t)(k / WORD) * CHANNELS * WORD + k % WORD;
+            int8_t *at = to + (size_t)(k / WORD) * side * WORD + k % WORD;
             for (int c = 0; c < count; c++) at[c * WORD] = from[c], w->sums[first + c] += from[c];
         }
         memcpy(w->panel_scales + first, w->scales + first, sizeof(float) * count);
-        group_words(w, panel, room);
+        if (grouped) group_words(w, panel, room);
     }
     free(room);
     w->codes = NULL, w->scales = NULL; /* nothing reads them again */
@@ -181,7 +181,7 @@ static inline __attribute__((always_inline)) void add_groups(const int8_t **code
 }
 
 /* One panel by one or two rows. */
-static inline __attribute__((always_inline)) void panel_by_rows(const Channels *w, size_t panel, const Rows7 *x,
+static inline __attribute__((always_inline)) void panel_by_rows(const Channels *w, size_t panel, const WholeRows *x,
                                                                 int row, const int rows, float *y, size_t stride) {
     const int8_t *codes = w->packed + panel * panel_codes(w);
     const uint32_t *order = w->order + panel * w->words, *const groups = w->groups + panel * MOST_TOGETHER;
@@ -208,8 +208,12 @@ static inline __attribute__((always_inline)) void panel_by_rows(const Channels *
     }
 }
 
-void multiply_channels(const Channels *w, const Rows7 *x, int rows, int first_column, int last_column, float *y,
+void multiply_channels(const Channels *w, const WholeRows *x, int rows, int first_column, int last_column, float *y,
                        size_t stride) {
+    if (w->side == WIDE_CHANNELS) {
+        multiply_wide_channels(w, x, rows, first_column, last_column, y, stride);
+        return;
+    }
     const size_t from = first_column / CHANNELS, to = ((size_t)last_column + CHANNELS - 1) / CHANNELS;
     for (int first = 0; first < rows; first += CACHED) {
         const int last = first + CACHED < rows ? first + CACHED : rows;

@@ -50,7 +50,7 @@ enum Kind { PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, REL
 enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 13, FACTORS = 3, MOST = 4096 };
 enum { MOST_WIDTH = 1 << 24 }; /* of weights and activations, so that no product of sizes leaves 64 bits */
 enum { MOST_PARTS = 8 };       /* that the keys of one token's attention are shared out in */
-enum { AT_A_TIME = 1 << 17 };  /* bytes, times TILE, of codes that are packed before their pages are let go of */
+enum { AT_A_TIME = 1 << 17 };  /* bytes, times a tile, of codes that are packed before their pages are let go of */
 enum { AT_ONCE = 128 };        /* rows that go through all stages together, where others do not matter to them */
 enum { ALONE = 1 << 17 };      /* products of fewer multiplications are not worth a second thread */
 
@@ -121,6 +121,7 @@ typedef struct {
     Phase *phase;
     size_t panel;
     int64_t per_row; /* multiplications */
+    int wide;        /* whether products are those of AVX-512 VNNI */
     int attentions, keeps, lengths[2]; /* keeps: whether attentions do, all of them or none */
     Keeping *keeping;
     int turnings;
@@ -144,7 +145,7 @@ typedef struct {
     int rows;
     float **value;
     Rows8 *rows8;
-    Rows7 *rows7;
+    WholeRows *whole_rows;
     uint8_t *panels;
     atomic_int *next, *done, panels_taken;
     int *pieces;
@@ -173,6 +174,16 @@ static atomic_int threads = 1;
 /* How many threads a run is offered to at the most; what onnxruntime has fewer of does no harm. */
 __attribute__((visibility("default"))) void gemini_use_threads(int count) {
     if (count > atomic_load(&threads)) atomic_store(&threads, count);
+}
+
+/* 0: sessions that are made from now on do without AVX-512, as on a processor without it. */
+static atomic_int vnni_allowed = 1;
+__attribute__((visibility("default"))) void gemini_allow_vnni(int allowed) { atomic_store(&vnni_allowed, allowed); }
+
+static int has_vnni(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
 }
 
 static Arena *take_arena(size_t size) {
@@ -391,7 +402,7 @@ static void run_step(const Run *run, const Step *step, int row) {
     }
     if (step->part == ROUND_ROWS) {
         const int v = step->rounded;
-        quantize_whole_row(run->value[v] + (size_t)row * p->widths[v], &run->rows7[v], row);
+        quantize_whole_row(run->value[v] + (size_t)row * p->widths[v], &run->whole_rows[v], row);
         return;
     }
     const Stage *s = &p->stage[step->stage];
@@ -436,7 +447,8 @@ static void run_step(const Run *run, const Step *step, int row) {
 
 /* How many columns of a product are a piece of work: pieces are enough for threads to share evenly, of whole panels. */
 static int piece_of(const Weights *w) {
-    const int each = (w->n + 15) / 16, panel = w->block ? PANEL_COLUMNS : CHANNELS;
+    const int wide = w->tile == WIDE_TILE, each = (w->n + 15) / 16;
+    const int panel = w->block ? (wide ? WIDE_TILE : PANEL_COLUMNS) : (wide ? WIDE_CHANNELS : CHANNELS);
     return (each + panel - 1) / panel * panel;
 }
 
@@ -453,7 +465,7 @@ static void run_columns(const Run *run, const Phase *phase, int piece, void *pan
             float *y = run->value[s->out] + s->column;
             const size_t stride = p->widths[s->out];
             if (w->block) multiply(w, &run->rows8[s->a], run->rows, first, last, y, stride, panel);
-            else multiply_channels(&p->channels[s->place], &run->rows7[s->a], run->rows, first, last, y, stride);
+            else multiply_channels(&p->channels[s->place], &run->whole_rows[s->a], run->rows, first, last, y, stride);
             return;
         }
         before += pieces;
@@ -609,7 +621,7 @@ static Status run_rows(Run *run, void *context) {
     const Program *p = run->program;
     Api api = p->api;
     const int64_t rows = run->rows;
-    const int many = rows >= PANEL_ROWS;
+    const int many = rows >= PANEL_ROWS && !p->wide;
     size_t heads = 0, head_numbers = 0;
     for (int i = 0; i < p->attentions; i++) {
         const Attention *a = &p->keeping[i].shape;
@@ -618,7 +630,7 @@ static Status run_rows(Run *run, void *context) {
     }
     heads *= rows * run->parts, head_numbers *= rows * run->parts;
     const size_t passing = passing_size(run);
-    size_t size = aligned(sizeof(Rows8) * p->values) + aligned(sizeof(Rows7) * p->values) + 2 * aligned(passing) +
+    size_t size = aligned(sizeof(Rows8) * p->values) + aligned(sizeof(WholeRows) * p->values) + 2 * aligned(passing) +
                   3 * aligned(sizeof(int) * p->phases) + 2 * aligned(heads * sizeof(float)) +
                   aligned(head_numbers * sizeof(float));
     for (int s = 0; s < p->slots; s++) size += aligned(rows * p->slot_width[s] * sizeof(float));
@@ -636,7 +648,7 @@ static Status run_rows(Run *run, void *context) {
     uint8_t *at = arena->bytes;
 #define TAKE(bytes) (at += aligned(bytes), at - aligned(bytes))
     run->rows8 = (Rows8 *)TAKE(sizeof(Rows8) * p->values);
-    run->rows7 = (Rows7 *)TAKE(sizeof(Rows7) * p->values);
+    run->whole_rows = (WholeRows *)TAKE(sizeof(WholeRows) * p->values);
     uint8_t *const keys = TAKE(passing), *const values = TAKE(passing);
     for (int i = 0; i < p->attentions && !p->keeps; i++) run->caches[i].kept[0] = keys, run->caches[i].kept[1] = values;
     run->next = (atomic_int *)TAKE(sizeof(int) * p->phases);
@@ -651,13 +663,14 @@ static Status run_rows(Run *run, void *context) {
         if (p->slot[v] >= 0) run->value[v] = slots[p->slot[v]];
         if (p->rounded_rows[v]) {
             const int words = (p->widths[v] + 3) / 4;
-            run->rows7[v] = (Rows7){.k = p->widths[v], .words = words, .codes = TAKE((size_t)rows * words * 4)};
-            run->rows7[v].scales = (float *)TAKE(rows * sizeof(float));
-            run->rows7[v].zeros = (int32_t *)TAKE(rows * sizeof(int32_t));
+            run->whole_rows[v] = (WholeRows){.k = p->widths[v], .words = words, .levels = p->wide ? 255 : 127};
+            run->whole_rows[v].codes = TAKE((size_t)rows * words * 4);
+            run->whole_rows[v].scales = (float *)TAKE(rows * sizeof(float));
+            run->whole_rows[v].zeros = (int32_t *)TAKE(rows * sizeof(int32_t));
         }
         if (!p->rounded[v]) continue;
         const int groups = (p->widths[v] + GROUP - 1) / GROUP;
-        run->rows8[v] = (Rows8){.k = p->widths[v], .groups = groups, .moved = many};
+        run->rows8[v] = (Rows8){.k = p->widths[v], .groups = groups, .moved = many, .wide = p->wide};
         run->rows8[v].codes = (int8_t *)TAKE(rows * groups * GROUP);
         run->rows8[v].scales = (float *)TAKE(rows * groups * sizeof(float));
         run->rows8[v].sums = (int32_t *)TAKE(rows * groups * sizeof(int32_t));
@@ -852,11 +865,11 @@ static void forget(const Files *files, const void *data, size_t size) {
 }
 
 /* Weights with one scale a column, 8-bit codes (k, n). */
-static Status read_channels(Api api, const void *info, const int *from, Channels *w) {
+static Status read_channels(Api api, const void *info, const int *from, int wide, Channels *w) {
     const int k = from[4], n = from[5];
-    if (k < 1 || n < 1 || k > MOST_WIDTH || n > MOST_WIDTH || from[6] != 8 || from[2] >= 0)
+    if (k < 1 || n < 1 || k > MOST_FEATURES || n > MOST_WIDTH || from[6] != 8 || from[2] >= 0)
         return refuse(api, "Fused: weights of these sizes are not known");
-    *w = (Channels){.k = k, .n = n, .words = (k + 3) / 4};
+    *w = (Channels){.k = k, .n = n, .words = (k + 3) / 4, .side = wide ? WIDE_CHANNELS : CHANNELS};
     const void *data;
     Status status = constant(api, info, from[0], (size_t)k * n, TYPE_INT8, TYPE_INT8, &data, NULL);
     if (status) return status;
@@ -869,13 +882,14 @@ static Status read_channels(Api api, const void *info, const int *from, Channels
     return NULL;
 }
 
-static Status read_weights(Api api, const void *info, const int *from, Weights *w) {
+static Status read_weights(Api api, const void *info, const int *from, int wide, Weights *w) {
     const int k = from[4], n = from[5], bits = from[6], block = from[7];
     if (k < 1 || n < 1 || k > MOST_WIDTH || n > MOST_WIDTH || (bits != 4 && bits != 8) || block < GROUP ||
         block > 1024 || (block & (block - 1)))
         return refuse(api, "Fused: weights of these sizes are not known");
     *w = (Weights){.k = k, .n = n, .bits = bits, .block = block, .blocks = (k + block - 1) / block};
     w->groups = (k + GROUP - 1) / GROUP, w->shift = __builtin_ctz(block / GROUP);
+    w->tile = wide ? WIDE_TILE : TILE;
     const size_t all = (size_t)n * w->blocks, bytes = all * block * bits / 8;
     const size_t zeros = bits == 8 ? all : (size_t)n * ((w->blocks + 1) / 2);
     int type;
@@ -902,10 +916,10 @@ static void pack(Weights *w, const Files *files, void *memory) {
     const size_t all = (size_t)w->n * w->blocks, bytes = row_bytes(w);
     forget(files, w->scales, all * (w->half_scales ? 2 : 4));
     if (w->zeros) forget(files, w->zeros, w->bits == 8 ? all : (size_t)w->n * ((w->blocks + 1) / 2));
-    const size_t tiles = ((size_t)w->n + TILE - 1) / TILE, step = (AT_A_TIME + bytes - 1) / bytes;
+    const size_t tiles = ((size_t)w->n + w->tile - 1) / w->tile, step = (AT_A_TIME + bytes - 1) / bytes;
     for (size_t tile = 0; tile < tiles; tile += step) {
-        const size_t end = tile + step < tiles ? tile + step : tiles, first = tile * TILE;
-        const size_t last = end * TILE < (size_t)w->n ? end * TILE : (size_t)w->n;
+        const size_t end = tile + step < tiles ? tile + step : tiles, first = tile * w->tile;
+        const size_t last = end * w->tile < (size_t)w->n ? end * w->tile : (size_t)w->n;
         pack_codes(w, tile, end);
         forget(files, w->codes + first * bytes, (last - first) * bytes);
     }
@@ -978,7 +992,8 @@ static uint64_t sample_of(const uint8_t *codes, size_t size) {
 
 static int is_of(const Table *table, const Weights *w, const Files *files) {
     const Weights *own = &table->weights;
-    if (table->codes != w->codes || own->k != w->k || own->n != w->n || own->bits != w->bits || own->block != w->block)
+    if (table->codes != w->codes || own->k != w->k || own->n != w->n || own->bits != w->bits ||
+        own->block != w->block || own->tile != w->tile)
         return 0;
     const size_t size = w->n * row_bytes(w);
     const uint64_t sample = sample_of(w->codes, size);
@@ -1157,7 +1172,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     const char *const unfit = "Fused: the node's attributes do not fit together";
     Status status;
     if (!p) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
-    p->api = api;
+    p->api = api, p->wide = has_vnni() && atomic_load(&vnni_allowed);
     if ((status = read_ints(api, info, "widths", &p->widths, &p->values))) goto failed;
     if ((status = read_ints(api, info, "outputs", &p->outputs, &p->output_count))) goto failed;
     if ((status = read_ints(api, info, "stages", &stages, &stage_ints))) goto failed;
@@ -1231,14 +1246,14 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         int looked_up = 0;
         if (from[7] == 0) {
             Channels *c = &p->channels[i];
-            if ((status = read_channels(api, info, from, c))) goto failed;
-            *w = (Weights){.k = c->k, .n = c->n, .bits = 8};
+            if ((status = read_channels(api, info, from, p->wide, c))) goto failed;
+            *w = (Weights){.k = c->k, .n = c->n, .bits = 8, .tile = p->wide ? WIDE_TILE : TILE};
             packed += aligned(channel_bytes(c));
             p->per_row += (int64_t)w->k * w->n;
             status = refuse(api, unfit);
             continue;
         }
-        if ((status = read_weights(api, info, from, w))) goto failed;
+        if ((status = read_weights(api, info, from, p->wide, w))) goto failed;
         for (int j = 0; j < p->stages; j++)
             looked_up |= stages[j * STAGE_INTS] == LOOKUP && stages[j * STAGE_INTS + 5] == i;
         if ((p->table[i] = share_table(w, looked_up, &files))) {
@@ -1354,10 +1369,10 @@ __attribute__((visibility("default"))) Status RegisterCustomOps(void *options, c
     return status; /* the domain stays for as long as the process: sessions refer to it */
 }
 
-/* 0: this processor cannot run the kernels; 1: it can; 2: it can, and has instructions for sums of 8-bit products
- * that onnxruntime's kernels use and these do not. */
+/* 0: this processor cannot run the kernels; 1: it can; 2: it can, and has AVX-VNNI alone, which onnxruntime's kernels
+ * use and these do not; 3: it can, with AVX-512 VNNI. */
 __attribute__((visibility("default"))) int gemini_processor(void) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
-    return __builtin_cpu_supports("avx512vnni") || __builtin_cpu_supports("avxvnni") ? 2 : 1;
+    return has_vnni() ? 3 : __builtin_cpu_supports("avxvnni") ? 2 : 1;
 }

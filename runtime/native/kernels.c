@@ -43,18 +43,17 @@ void quantize_row(const float *x, const Rows8 *to, int row) {
         }
         __m256i rounded;
         const int sum = quantize_group(from, &rounded, &scales[g]);
-        sums[g] = 8 * sum, starts[g] = (uint16_t)(-4 * sum) * 0x10001u;
+        sums[g] = to->wide ? sum : 8 * sum;
+        starts[g] = to->wide ? (uint32_t)(-8 * sum) : (uint16_t)(-4 * sum) * 0x10001u;
         _mm256_storeu_si256((__m256i *)(codes + g * GROUP), _mm256_xor_si256(rounded, moved));
     }
 }
 
 /* ---- weights as the products read them ---- */
 
-static size_t group_bytes(const Weights *w) { return (size_t)TILE * GROUP * w->bits / 8; }
-
 size_t packed_bytes(const Weights *w) {
-    const size_t tiles = (w->n + TILE - 1) / TILE, scale = w->half_scales ? 2 : 4;
-    return tiles * w->groups * group_bytes(w) + tiles * w->blocks * TILE * (scale + (w->zeros ? 1 : 0));
+    const size_t tiles = (w->n + w->tile - 1) / w->tile, scale = w->half_scales ? 2 : 4;
+    return tiles * w->groups * group_bytes(w) + tiles * w->blocks * w->tile * (scale + (w->zeros ? 1 : 0));
 }
 
 /* The words of a group of one row in the order of `packed`. */
@@ -75,36 +74,40 @@ static inline void words_of(const Weights *w, size_t bytes, int n, int group, __
     words[0] = _mm_or_si128(first, _mm_slli_epi16(second, 4));
 }
 
-/* Four words of each of eight rows become four vectors of eight words. */
-static inline void columns_of(const __m128i rows[TILE], __m256i *to) {
+/* Four words of each of eight rows become four vectors of eight words, `step` vectors apart. */
+static inline void columns_of(const __m128i rows[8], __m256i *to, int step) {
     __m256i both[4], pairs[4];
     for (int i = 0; i < 4; i++) both[i] = _mm256_set_m128i(rows[i + 4], rows[i]);
     pairs[0] = _mm256_unpacklo_epi32(both[0], both[1]), pairs[1] = _mm256_unpackhi_epi32(both[0], both[1]);
     pairs[2] = _mm256_unpacklo_epi32(both[2], both[3]), pairs[3] = _mm256_unpackhi_epi32(both[2], both[3]);
     _mm256_storeu_si256(to, _mm256_unpacklo_epi64(pairs[0], pairs[2]));
-    _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(pairs[0], pairs[2]));
-    _mm256_storeu_si256(to + 2, _mm256_unpacklo_epi64(pairs[1], pairs[3]));
-    _mm256_storeu_si256(to + 3, _mm256_unpackhi_epi64(pairs[1], pairs[3]));
+    _mm256_storeu_si256(to + step, _mm256_unpackhi_epi64(pairs[0], pairs[2]));
+    _mm256_storeu_si256(to + 2 * step, _mm256_unpacklo_epi64(pairs[1], pairs[3]));
+    _mm256_storeu_si256(to + 3 * step, _mm256_unpackhi_epi64(pairs[1], pairs[3]));
 }
 
 size_t row_bytes(const Weights *w) { return (size_t)w->blocks * w->block * w->bits / 8; }
 
 void pack_codes(const Weights *w, size_t first, size_t last) {
     const size_t bytes = row_bytes(w);
+    const int eights = w->tile / 8; /* rows that a vector takes */
     __m256i *to = (__m256i *)(w->packed + first * w->groups * group_bytes(w));
     for (size_t tile = first; tile < last; tile++)
-        for (int g = 0; g < w->groups; g++, to += w->bits) {
-            __m128i words[TILE][2], part[TILE];
-            for (int i = 0; i < TILE; i++) words_of(w, bytes, (int)tile * TILE + i, g, words[i]);
-            for (int half = 0; half < w->bits / 4; half++) {
-                for (int i = 0; i < TILE; i++) part[i] = words[i][half];
-                columns_of(part, to + half * 4);
+        for (int g = 0; g < w->groups; g++, to += w->bits * eights)
+            for (int eight = 0; eight < eights; eight++) {
+                __m128i words[8][2], part[8];
+                for (int i = 0; i < 8; i++)
+                    words_of(w, bytes, ((int)tile * eights + eight) * 8 + i, g, words[i]);
+                for (int half = 0; half < w->bits / 4; half++) {
+                    for (int i = 0; i < 8; i++) part[i] = words[i][half];
+                    columns_of(part, to + half * 4 * eights + eight, eights);
+                }
             }
-        }
 }
 
 void begin_packing(Weights *w, void *memory) {
-    const size_t tiles = (w->n + TILE - 1) / TILE, scale = w->half_scales ? 2 : 4, all = tiles * w->blocks * TILE;
+    const size_t tiles = (w->n + w->tile - 1) / w->tile, scale = w->half_scales ? 2 : 4;
+    const size_t all = tiles * w->blocks * w->tile;
     const size_t zero_bytes = w->bits == 8 ? (size_t)w->blocks : (size_t)(w->blocks + 1) / 2;
     w->packed = memory;
     w->tile_scales = w->packed + tiles * w->groups * group_bytes(w);
@@ -112,7 +115,8 @@ void begin_packing(Weights *w, void *memory) {
     memset(w->tile_scales, 0, all * (scale + (w->zeros ? 1 : 0)));
     for (int n = 0; n < w->n; n++)
         for (int b = 0; b < w->blocks; b++) {
-            const size_t place = ((size_t)n / TILE * w->blocks + b) * TILE + n % TILE, at = (size_t)n * w->blocks + b;
+            const size_t place = ((size_t)n / w->tile * w->blocks + b) * w->tile + n % w->tile;
+            const size_t at = (size_t)n * w->blocks + b;
             if (w->half_scales) ((uint16_t *)w->tile_scales)[place] = ((const uint16_t *)w->scales)[at];
             else ((float *)w->tile_scales)[place] = ((const float *)w->scales)[at];
             if (!w->zeros) continue;
@@ -367,6 +371,10 @@ static void many_rows(const Weights *w, const Rows8 *x, int rows, size_t first, 
 void multiply(const Weights *w, const Rows8 *x, int rows, int first, int last, float *y, size_t stride,
               void *scratch) {
     const size_t from = first / TILE, to = (last + TILE - 1) / TILE;
+    if (x->wide) {
+        multiply_wide(w, x, rows, first, last, y, stride);
+        return;
+    }
     if (x->moved) {
         many_rows(w, x, rows, from, to, y, stride, scratch);
         return;
@@ -376,18 +384,18 @@ void multiply(const Weights *w, const Rows8 *x, int rows, int first, int last, f
 }
 
 void lookup_row(const Weights *w, int row, float *y) {
-    const size_t tile = row / TILE, lane = row % TILE;
+    const size_t tile = row / w->tile, lane = row % w->tile;
     const uint8_t *codes = w->packed + tile * w->groups * group_bytes(w) + lane * 4;
     for (int g = 0; g < w->groups; g++, codes += group_bytes(w)) {
-        float scales[TILE];
-        const size_t place = (tile * w->blocks + (g >> w->shift)) * TILE + lane;
+        const size_t place = (tile * w->blocks + (g >> w->shift)) * w->tile + lane;
         const int zero = w->tile_zeros ? w->tile_zeros[place] : w->bits == 8 ? 128 : 8;
-        _mm256_storeu_ps(scales, scales_of(w, tile, g));
+        const float scale = w->half_scales ? _cvtsh_ss(((const uint16_t *)w->tile_scales)[place])
+                                           : ((const float *)w->tile_scales)[place];
         for (int i = 0; i < GROUP && g * GROUP + i < w->k; i++) {
             const int word = w->bits == 8 ? i / 4 : i % 16 / 4;
-            const uint8_t byte = codes[(size_t)word * TILE * 4 + i % 4];
+            const uint8_t byte = codes[(size_t)word * w->tile * 4 + i % 4];
             const int code = w->bits == 8 ? byte : i < 16 ? byte & 15 : byte >> 4;
-            y[g * GROUP + i] = (float)(code - zero) * scales[lane];
+            y[g * GROUP + i] = (float)(code - zero) * scale;
         }
     }
 }

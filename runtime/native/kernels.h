@@ -1,4 +1,5 @@
-/* Products with weights in blocks of 4 or 8 bits, norms and activations, for x86-64 with AVX2. */
+/* Products with weights in blocks of 4 or 8 bits, norms and activations, for x86-64 with AVX2; products also for
+ * AVX-512 VNNI (wide.c). */
 #ifndef GEMINI_KERNELS_H
 #define GEMINI_KERNELS_H
 
@@ -6,14 +7,14 @@
 #include <stdint.h>
 
 enum { GROUP = 32 }; /* activations that share a scale */
-enum { TILE = 8 };   /* rows of weights that lie side by side */
+enum { TILE = 8, WIDE_TILE = 16 }; /* rows of weights that lie side by side; wide ones are for AVX-512 VNNI */
 
 /* Weights as the operator MatMulNBits of com.microsoft stores them: codes (n, blocks, block * bits / 8), the
  * first of two 4-bit codes in the low half of a byte; a scale a block, float32 or float16; a zero point a
  * block, 4-bit ones in pairs, or none: then it is 8 or 128. The products read another order of the same numbers:
- *   packed       (n / TILE, groups, bits, TILE, 4): a group's codes, four along k of each row of the tile; of 4-bit
+ *   packed       (n / tile, groups, bits, tile, 4): a group's codes, four along k of each row of the tile; of 4-bit
  *                ones, those of the second half of the group in the high halves of the bytes
- *   tile_scales  (n / TILE, blocks, TILE), tile_zeros the same, a byte each
+ *   tile_scales  (n / tile, blocks, tile), tile_zeros the same, a byte each
  */
 typedef struct {
     const uint8_t *codes;
@@ -22,8 +23,11 @@ typedef struct {
     const float *bias;
     int k, n, bits, block, blocks, groups, half_scales;
     int shift; /* of a group's number to its block's */
+    int tile;  /* TILE or WIDE_TILE */
     uint8_t *packed, *tile_scales, *tile_zeros; /* set by `begin_packing` */
 } Weights;
+
+static inline size_t group_bytes(const Weights *w) { return (size_t)w->tile * GROUP * w->bits / 8; } /* of a tile */
 
 size_t packed_bytes(const Weights *w);
 
@@ -40,11 +44,11 @@ enum { PANEL_ROWS = 16, PANEL_COLUMNS = 24 };
 typedef struct {
     int8_t *codes; /* (rows, groups, GROUP); 128 is added where `moved`, as products with panels want it */
     float *scales; /* (rows, groups) */
-    int32_t *sums; /* (rows, groups): eight times the sum of the codes */
-    /* (rows, groups): minus four times that sum, twice in 16 bits, where products of unsigned codes of weights begin,
-     * whose middle is 8 */
+    int32_t *sums; /* (rows, groups): eight times the sum of the codes; the sum itself where `wide` */
+    /* (rows, groups): where products of unsigned codes of weights begin, whose middle is 8: minus four times the sum,
+     * twice in 16 bits; minus eight times it where `wide` */
     uint32_t *starts;
-    int k, groups, moved;
+    int k, groups, moved, wide; /* wide: for tiles of WIDE_TILE rows; they need no panels */
 } Rows8;
 
 /* One row of k floats becomes row `row` of `to`. */
@@ -52,10 +56,13 @@ void quantize_row(const float *x, const Rows8 *to, int row);
 
 size_t panel_bytes(int k);
 
-/* y[m, n] = sum over k of x[m, k] * weight[n, k], plus bias, for n in [first, last), multiples of TILE or the end;
+/* y[m, n] = sum over k of x[m, k] * weight[n, k], plus bias, for n in [first, last), multiples of the tile or the end;
  * rows of y lie `stride` floats apart; `scratch` has panel_bytes(k), aligned to 32, if activations are moved. */
 void multiply(const Weights *w, const Rows8 *x, int rows, int first, int last, float *y, size_t stride,
               void *scratch);
+
+/* The same for wide tiles. */
+void multiply_wide(const Weights *w, const Rows8 *x, int rows, int first, int last, float *y, size_t stride);
 
 /* Row `row` of packed weights as k floats. */
 void lookup_row(const Weights *w, int row, float *y);

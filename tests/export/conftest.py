@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from gemini.model.checkpoint import Checkpoint, Pooling
 from gemini.model.gemini import GeminiConfig, GeminiForConditionalGeneration
+from gemini.runtime import kernels
 
 SIZES = {
     "hidden_size": 64,
@@ -260,3 +261,10 @@ def words() -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+@pytest.fixture(params=kernels.instructions())
+def instructions(request, monkeypatch):
+    """Own kernels in each set of instructions that they can use on this processor."""
+    monkeypatch.setenv(kernels.VARIABLE, request.param)
+    return request.param

@@ -19,13 +19,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def in_7_bits(x):
-    """Activations as the kernels round them: a row has 128 codes from its smallest to its largest number."""
+@pytest.fixture(params=kernels.instructions())
+def rounded(request, monkeypatch):
+    """What the kernels make of activations in each set of instructions that they can use here."""
+    monkeypatch.setenv(kernels.VARIABLE, request.param)
+    return lambda x: in_codes(x, {"avx2": 127, "own": 255}[request.param])
+
+
+def in_codes(x, levels):
+    """Activations as the kernels round them: rows have 1 + ``levels`` codes from lowest to highest."""
     low, high = np.minimum(x.min(-1), 0), np.maximum(x.max(-1), 0)
-    scale = (high - low) / np.float32(127)
+    scale = (high - low) / np.float32(levels)
     inverse = np.where(scale > 0, np.float32(1) / np.where(scale > 0, scale, 1), np.float32(0))
     zero = np.rint(-low * inverse)[:, None]
-    codes = np.clip(np.rint(x * inverse[:, None]) + zero, 0, 127)
+    codes = np.clip(np.rint(x * inverse[:, None]) + zero, 0, levels)
     return (codes - zero).astype(np.float64) * scale[:, None]
 
 
@@ -51,7 +58,7 @@ def one_product(constants, k, n):
 
 
 @pytest.mark.parametrize("k, n", [(4, 1), (33, 3), (50, 45), (96, 24), (200, 100), (576, 50)])
-def test_products_are_those_of_rounded_rows(k, n):
+def test_products_are_those_of_rounded_rows(k, n, rounded):
     rng = np.random.default_rng(k + n)
     constants, matrix = weights(rng, k, n, bias=n % 2 == 0)
     proto = fused(one_product(constants, k, n))
@@ -60,12 +67,12 @@ def test_products_are_those_of_rounded_rows(k, n):
     for batch, length in ((1, 1), (1, 2), (3, 1), (2, 8), (1, 19), (2, 150)):
         x = (rng.standard_normal((batch, length, k)) + rng.uniform(-2, 2)).astype(np.float32)
         (y,) = run.run(None, {"x": x})
-        expected = in_7_bits(x.reshape(-1, k)) @ matrix + constants.get("bias", 0)
+        expected = rounded(x.reshape(-1, k)) @ matrix + constants.get("bias", 0)
         np.testing.assert_allclose(y.reshape(-1, n), expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["all", "columns", "features", "alternating", "none"])
-def test_weights_as_large_as_can_be_do_not_leave_16_bits(name):
+def test_weights_as_large_as_can_be_do_not_leave_16_bits(name, rounded):
     rng = np.random.default_rng(5)
     k, n = 96, 48
     constants, _ = weights(rng, k, n, sigma=20.0)
@@ -85,10 +92,10 @@ def test_weights_as_large_as_can_be_do_not_leave_16_bits(name):
     largest = np.concatenate([np.ones((3, k)), -np.ones((2, k)), np.where(np.arange(k) % 2, 1, -1)[None]])
     x = np.concatenate([largest, rng.standard_normal((5, k))]).astype(np.float32)
     (y,) = run.run(None, {"x": x[None]})
-    np.testing.assert_allclose(y[0], in_7_bits(x) @ matrix + constants["bias"], atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(y[0], rounded(x) @ matrix + constants["bias"], atol=1e-4, rtol=1e-5)
 
 
-def test_zeros_and_nothing():
+def test_zeros_and_nothing(instructions):
     constants, _ = weights(np.random.default_rng(0), 40, 16)
     run = session(fused(one_product(constants, 40, 16)))
     (y,) = run.run(None, {"x": np.zeros((1, 3, 40), np.float32)})
@@ -96,7 +103,7 @@ def test_zeros_and_nothing():
     assert run.run(None, {"x": np.zeros((2, 0, 40), np.float32)})[0].shape == (2, 0, 16)
 
 
-def test_a_row_does_not_depend_on_the_others():
+def test_a_row_does_not_depend_on_the_others(instructions):
     """Alone, in a batch, across pieces that go through all stages together: the same to the last bit."""
     constants, _ = weights(np.random.default_rng(1), 64, 80)
     run = session(fused(one_product(constants, 64, 80)))
@@ -107,7 +114,7 @@ def test_a_row_does_not_depend_on_the_others():
         np.testing.assert_array_equal(alone[0, 0], together[row, token])
 
 
-def test_codes_that_were_fixed_in_calibration_become_those_of_the_row():
+def test_codes_that_were_fixed_in_calibration_become_those_of_the_row(rounded):
     rng = np.random.default_rng(3)
     constants, matrix = weights(rng, 64, 40)
     constants |= {"scale": np.array(0.02, np.float32), "zero": np.array(128, np.uint8)}
@@ -121,7 +128,7 @@ def test_codes_that_were_fixed_in_calibration_become_those_of_the_row():
     assert [node.op_type for node in proto.graph.node] == ["Fused"]
     x = (rng.standard_normal((2, 9, 64)) * 0.7).astype(np.float32)
     (y,) = session(proto).run(None, {"x": x})
-    expected = in_7_bits(x.reshape(-1, 64)) @ matrix + constants["bias"]
+    expected = rounded(x.reshape(-1, 64)) @ matrix + constants["bias"]
     np.testing.assert_allclose(y.reshape(-1, 40), expected, atol=2e-5, rtol=1e-5)
     (theirs,) = session(model).run(None, {"x": x})
     np.testing.assert_allclose(y, theirs, atol=0.1)
@@ -133,7 +140,7 @@ def test_zero_points_of_weights_are_left_to_onnxruntime():
     assert fused(one_product(constants, 64, 16)) is None
 
 
-def test_a_number_a_channel_and_codes_in_blocks_may_stand_together():
+def test_a_number_a_channel_and_codes_in_blocks_may_stand_together(rounded):
     """x * gain goes to a product with a scale a column, and to one with 4-bit blocks."""
     rng = np.random.default_rng(4)
     constants, matrix = weights(rng, 64, 24)
@@ -156,7 +163,7 @@ def test_a_number_a_channel_and_codes_in_blocks_may_stand_together():
     assert [node.op_type for node in proto.graph.node] == ["Fused"]
     x = rng.standard_normal((1, 21, 64)).astype(np.float32)
     _, y, z = session(proto).run(["t", "y", "z"], {"x": x})
-    expected = in_7_bits(x[0] * constants["gain"]) @ matrix + constants["bias"]
+    expected = rounded(x[0] * constants["gain"]) @ matrix + constants["bias"]
     np.testing.assert_allclose(y[0], expected, atol=2e-5, rtol=1e-5)
     (theirs,) = session(model).run(["z"], {"x": x})
     np.testing.assert_allclose(z, theirs, atol=2e-3)
@@ -234,7 +241,7 @@ MASKS = {
 
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 16), (6, 2, 8), (3, 3, 40), (1, 1, 64)])
 @pytest.mark.parametrize("name", MASKS)
-def test_attention_to_all_is_that_of_the_formula(name, heads, kv_heads, dim):
+def test_attention_to_all_is_that_of_the_formula(name, heads, kv_heads, dim, rounded):
     mask_dims, scale = MASKS[name], 0.3 if heads == 4 else None
     model, shapes, width = attention_model(heads, kv_heads, dim, mask_dims, scale)
     proto = fused(model, shapes)
@@ -250,7 +257,7 @@ def test_attention_to_all_is_that_of_the_formula(name, heads, kv_heads, dim):
             mask[..., length // 2 + 1 :] = np.finfo(np.float32).min
             feeds["mask"] = mask
         (y,) = ours.run(None, feeds)
-        u = in_7_bits(x.reshape(-1, width)).reshape(x.shape)
+        u = rounded(x.reshape(-1, width)).reshape(x.shape)
         np.testing.assert_allclose(
             y, attention_of_numpy(u, heads, kv_heads, dim, mask, scale), atol=2e-5, rtol=1e-4
         )
@@ -281,7 +288,7 @@ def test_parts_that_something_else_reads_are_left_alone():
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "vit", "swin", "clip"])
-def test_encoders_keep_their_answers(name, make_checkpoint, tmp_path):
+def test_encoders_keep_their_answers(name, make_checkpoint, tmp_path, instructions):
     checkpoint = make_checkpoint(name)
     run_recipe(checkpoint, load_recipe("int8"), None, progress=False)
     exported = export_checkpoint(checkpoint, tmp_path, progress=False)

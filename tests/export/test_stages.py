@@ -73,7 +73,7 @@ def product(k, n, bits, block, constants, x="x", y="y", prefix=""):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("block", [32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_products_are_those_of_rounded_activations(bits, block, half, zeros):
+def test_products_are_those_of_rounded_activations(bits, block, half, zeros, instructions):
     rng = np.random.default_rng(bits + block)
     for k, n in ((64, 8), (96, 21), (200, 40), (33, 3), (576, 100)):
         constants, matrix = weights(rng, k, n, bits, block, zeros, half, bias=n % 2 == 0)
@@ -93,7 +93,7 @@ def test_products_are_those_of_rounded_activations(bits, block, half, zeros):
 
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_codes_as_large_as_can_be_do_not_leave_16_bits(bits, zeros):
+def test_codes_as_large_as_can_be_do_not_leave_16_bits(bits, zeros, instructions):
     """Sums of 16 codes with activations of one sign or both, at either end of their ranges."""
     rng = np.random.default_rng(bits)
     k, n, block = 96, 24, 32
@@ -121,7 +121,7 @@ def test_codes_as_large_as_can_be_do_not_leave_16_bits(bits, zeros):
         np.testing.assert_array_equal(y[0], x[:rows].astype(np.float64) @ matrix.T)
 
 
-def test_a_row_of_zeros_stays_zero_and_empty_input_gives_an_empty_result():
+def test_a_row_of_zeros_stays_zero_and_empty_input_gives_an_empty_result(instructions):
     constants, _ = weights(np.random.default_rng(0), 64, 8, 4, 32, True, True, False)
     model = model_of(product(64, 8, 4, 32, constants), {"x": ["b", "s", 64]}, {"y": ["b", "s", 8]}, constants)
     run = session(fused(model))
@@ -241,7 +241,7 @@ def test_a_way_out_and_back_divides_a_group():
     )
 
 
-def test_two_threads_may_run_one_session():
+def test_two_threads_may_run_one_session(instructions):
     model, _, _ = chain([helper.make_node("Relu", ["u"], ["v"])])
     run = session(fused(model, dict.fromkeys("uvz", 48)))
     rng = np.random.default_rng(0)
@@ -415,7 +415,7 @@ def test_attention_is_that_of_onnxruntime(name, halves, monkeypatch):
 
 
 @pytest.mark.parametrize("window", [-1, 100])
-def test_a_token_sees_the_same_of_a_long_past_alone_and_in_a_chunk(window):
+def test_a_token_sees_the_same_of_a_long_past_alone_and_in_a_chunk(window, instructions):
     options = dict(heads=6, kv_heads=2, dim=16, scale=0.001, rotary=1, tables=tables_of(1200, 8))
     run = session(fused(attention_model(**options, local_window_size=window), {"u": 160}))
     rng = np.random.default_rng(5)
@@ -467,7 +467,7 @@ def test_an_attention_whose_frequencies_do_not_fit_is_refused(name, place, value
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-def test_an_embedding_is_looked_up_with_the_scales_that_are_stored(zeros):
+def test_an_embedding_is_looked_up_with_the_scales_that_are_stored(zeros, instructions):
     rng = np.random.default_rng(3)
     table, _ = weights(rng, 64, 40, 8, 32, zeros, True, False)
     table = {f"table.{name}": array.reshape(40, -1) for name, array in table.items()}
@@ -531,7 +531,7 @@ TIED = [((40,), (8,)), ((19,), (4,)), ((16, 30), (8, 4)), ((24, 9), (4, 4))]
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("sizes, bits", TIED)
-def test_a_tied_embedding_is_looked_up_where_it_is_packed(sizes, bits, half):
+def test_a_tied_embedding_is_looked_up_where_it_is_packed(sizes, bits, half, instructions):
     rng = np.random.default_rng(23)
     model = tied(rng, sizes, bits, half)
     proto = fused(model, {"x": 64})
@@ -546,7 +546,7 @@ def test_a_tied_embedding_is_looked_up_where_it_is_packed(sizes, bits, half):
     assert not rows[:4].any() and rows[4].any()
 
 
-def test_rows_are_those_of_the_table_to_the_last_bit():
+def test_rows_are_those_of_the_table_to_the_last_bit(instructions):
     """Through products with unit vectors, whose sums nothing is rounded in."""
     rng = np.random.default_rng(29)
     table, dense = weights(rng, 32, 40, 8, 32, False, True, False)
@@ -631,7 +631,7 @@ def side_by_side(rng, widths, k=96):
 
 @pytest.mark.parametrize("widths", [(24, 40), (13, 8, 70), (16,)])
 @pytest.mark.parametrize("rows", [1, 5, 40])
-def test_products_whose_results_lie_side_by_side_write_them_there(widths, rows):
+def test_products_whose_results_lie_side_by_side_write_them_there(widths, rows, instructions):
     rng = np.random.default_rng(17)
     model = side_by_side(rng, widths)
     proto = fused(model)
@@ -744,7 +744,7 @@ def test_a_node_whose_attributes_do_not_fit_is_refused(name, change):
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2", "phi3", "bert")),
     ],
 )
-def test_models_keep_their_answers(name, make_checkpoint, tmp_path):
+def test_models_keep_their_answers(name, make_checkpoint, tmp_path, instructions):
     checkpoint = make_checkpoint(name)
     run_recipe(checkpoint, load_recipe("int4"), None, progress=False)
     exported = export_checkpoint(checkpoint, tmp_path, progress=False)
@@ -767,7 +767,7 @@ def test_models_keep_their_answers(name, make_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
-def test_a_token_does_not_depend_on_what_it_is_computed_with(recipe, make_checkpoint, tmp_path):
+def test_a_token_does_not_depend_on_what_it_is_computed_with(recipe, make_checkpoint, tmp_path, instructions):
     """Alone, in a chunk, in a prompt or in a batch: the same logits, to the last bit."""
     checkpoint = make_checkpoint("llama")
     run_recipe(checkpoint, load_recipe(recipe), None, progress=False)
