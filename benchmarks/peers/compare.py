@@ -1,12 +1,13 @@
 """gemini-edge against its peers: the same token ids, threads and processors, A B A B in living processes.
 
 Every peer first starts a few times from nothing, in turn: process start to first token. Then one process of
-each stays; every round visits each with the round's prompt, and whoever is not at turn is stopped. Peak
-memory is asked for after the rounds, before the scoring, whose logits need memory of their own.
+each stays; every round visits each with the round's prompt, beginning with another one each time, and whoever is
+not at turn is stopped. Peak memory is asked for after the rounds, before the scoring, whose logits need memory of their own.
 """
 
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +25,7 @@ from gemini.benchmarks.resources import folder_bytes, read_bandwidth
 
 PEERS_SCHEMA = 1
 WARMUP = 1
+SETTLED = 0.2  # seconds after which the threads that read memory no longer poll for work
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def compare(peers: Sequence[Peer], windows: Sequence[Sequence[int]], settings: S
             batch = _prompt(settings, number)
             if settings.device == "cpu":
                 bandwidth = max(bandwidth, _bandwidth(rows, settings.threads))
-            for row in alive(rows):
+                time.sleep(SETTLED)
+            first = number % len(rows)
+            for row in alive([*rows[first:], *rows[:first]]):
                 with leaving(row), turn(row) as process:
                     run = ask_run(process, batch, settings.new_tokens, settings.timeout)
                     if number >= WARMUP:
