@@ -6,6 +6,8 @@
 
 #include "vectors.h"
 
+enum { FEW_QUERIES = 4 };
+
 void rotate(float *x, const float *cosines, const float *sines, int half, int interleaved) {
     for (int i = 0; i < half; i++) {
         float *const a = x + (interleaved ? 2 * i : i), *const b = interleaved ? a + 1 : a + half;
@@ -27,14 +29,18 @@ void narrow(const float *x, int width, uint16_t *halves) {
         _mm_storeu_si128((__m128i *)(halves + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
 }
 
+/* Eight numbers of what is kept, from number `at` on. */
+static inline __m256 eight_of(const void *kept, enum Kept kind, size_t at) {
+    if (kind == FLOATS) return _mm256_loadu_ps((const float *)kept + at);
+    if (kind == HALVES) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)kept + at)));
+    const __m128i codes = _mm_loadl_epi64((const __m128i *)((const int8_t *)kept + at));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+}
+
 /* Floats of what is kept: itself, or a copy in `room`. */
 static const float *widen(const void *kept, enum Kept kind, int count, float *room) {
     if (kind == FLOATS) return kept;
-    for (int i = 0; i < count; i += 8)
-        _mm256_storeu_ps(room + i, kind == HALVES
-                                       ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)kept + i)))
-                                       : _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
-                                             _mm_loadl_epi64((const __m128i *)((const int8_t *)kept + i)))));
+    for (int i = 0; i < count; i += 8) _mm256_storeu_ps(room + i, eight_of(kept, kind, i));
     return room;
 }
 
@@ -46,7 +52,7 @@ static inline __m128 four_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
 
 /* Asks for `bytes` of memory; what is kept of one token is short, and processors fetch ahead along longer runs. */
 static inline void fetch(const void *from, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += 64) _mm_prefetch((const char *)from + at, _MM_HINT_T0);
+    for (size_t at = 0; at < bytes; at += 64) _mm_prefetch((const char *)from + at, _MM_HINT_T1);
 }
 
 /* Keys and values that come next; some of both are asked for between other work, `each` bytes at a time. */
@@ -64,31 +70,33 @@ static inline void fetch_some(Soon *soon) {
     soon->keys += some, soon->values += some, soon->left -= some;
 }
 
-/* scores[q][j] of n queries and `count` keys; both have `dim` numbers in a row. */
-static inline __attribute__((always_inline)) void score(const float *queries, const int n, const float *keys, int count,
-                                                        int dim, float scores[4][KEYS], Soon *soon) {
+/* scores[q][j] of n queries, three at the most, and `count` keys; both have `dim` numbers in a row. */
+static inline __attribute__((always_inline)) void score(const float *queries, const int n, const void *keys,
+                                                        const enum Kept kind, int count, int dim,
+                                                        float scores[3][KEYS], Soon *soon) {
     for (int j = 0; j < count; j += 4) {
         fetch_some(soon);
-        const float *key[4];
-        for (int i = 0; i < 4; i++) key[i] = keys + (size_t)(j + i < count ? j + i : j) * dim;
-        for (int q = 0; q < n; q += 2) { /* eight sums at once, for which registers suffice */
-            const int both = q + 1 < n;
-            __m256 a[4], b[4];
+        size_t key[4];
+        for (int i = 0; i < 4; i++) key[i] = (size_t)(j + i < count ? j + i : j) * dim;
+        __m256 sums[3][4]; /* with three queries and a key, what there are registers for */
+#pragma GCC unroll 3
+        for (int q = 0; q < n; q++)
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) a[i] = b[i] = _mm256_setzero_ps();
-            for (int d = 0; d < dim; d += 8) {
-                const __m256 x = _mm256_loadu_ps(queries + q * dim + d);
-                const __m256 y = both ? _mm256_loadu_ps(queries + (q + 1) * dim + d) : x;
+            for (int i = 0; i < 4; i++) sums[q][i] = _mm256_setzero_ps();
+        for (int d = 0; d < dim; d += 8) {
+            __m256 x[3];
+#pragma GCC unroll 3
+            for (int q = 0; q < n; q++) x[q] = _mm256_loadu_ps(queries + q * dim + d);
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) {
-                    const __m256 k = _mm256_loadu_ps(key[i] + d);
-                    a[i] = _mm256_fmadd_ps(x, k, a[i]);
-                    if (both) b[i] = _mm256_fmadd_ps(y, k, b[i]);
-                }
+            for (int i = 0; i < 4; i++) {
+                const __m256 k = eight_of(keys, kind, key[i] + d);
+#pragma GCC unroll 3
+                for (int q = 0; q < n; q++) sums[q][i] = _mm256_fmadd_ps(x[q], k, sums[q][i]);
             }
-            _mm_storeu_ps(scores[q] + j, four_sums(a[0], a[1], a[2], a[3]));
-            if (both) _mm_storeu_ps(scores[q + 1] + j, four_sums(b[0], b[1], b[2], b[3]));
         }
+#pragma GCC unroll 3
+        for (int q = 0; q < n; q++)
+            _mm_storeu_ps(scores[q] + j, four_sums(sums[q][0], sums[q][1], sums[q][2], sums[q][3]));
     }
 }
 
@@ -116,17 +124,17 @@ static inline __attribute__((always_inline)) void score_turned(const float *quer
 }
 
 /* totals[q] += weights[q][j] * values[j] */
-static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], const int n, const float *values,
-                                                      int count, int dim, float *totals) {
+static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], const int n, const void *values,
+                                                      const enum Kept kind, int count, int dim, float *totals) {
     int d = 0;
     for (; d + 16 <= dim; d += 16) {
         __m256 t[4][2];
 #pragma GCC unroll 4
         for (int q = 0; q < n; q++)
             t[q][0] = _mm256_loadu_ps(totals + q * dim + d), t[q][1] = _mm256_loadu_ps(totals + q * dim + d + 8);
-        const float *value = values + d;
-        for (int j = 0; j < count; j++, value += dim) {
-            const __m256 v0 = _mm256_loadu_ps(value), v1 = _mm256_loadu_ps(value + 8);
+        for (int j = 0; j < count; j++) {
+            const size_t at = (size_t)j * dim + d;
+            const __m256 v0 = eight_of(values, kind, at), v1 = eight_of(values, kind, at + 8);
 #pragma GCC unroll 4
             for (int q = 0; q < n; q++) {
                 const __m256 w = _mm256_broadcast_ss(&weights[q][j]);
@@ -142,10 +150,35 @@ static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], co
         for (int q = 0; q < n; q++) {
             __m256 t = _mm256_loadu_ps(totals + q * dim + d);
             for (int j = 0; j < count; j++)
-                t = _mm256_fmadd_ps(_mm256_broadcast_ss(&weights[q][j]),
-                                    _mm256_loadu_ps(values + (size_t)j * dim + d), t);
+                t = _mm256_fmadd_ps(_mm256_broadcast_ss(&weights[q][j]), eight_of(values, kind, (size_t)j * dim + d), t);
             _mm256_storeu_ps(totals + q * dim + d, t);
         }
+}
+
+/* Scores of all queries, and what their weights make of values, for one kind of what is kept. */
+static inline __attribute__((always_inline)) void score_all(const float *queries, int queries_count, const void *keys,
+                                                            const enum Kept kind, int count, int dim,
+                                                            float scores[QUERIES][KEYS], Soon *soon) {
+    for (int q = 0; q < queries_count; q += 3) {
+        const float *const from = queries + q * dim;
+        if (queries_count - q >= 3) score(from, 3, keys, kind, count, dim, scores + q, soon);
+        else if (queries_count - q == 2) score(from, 2, keys, kind, count, dim, scores + q, soon);
+        else score(from, 1, keys, kind, count, dim, scores + q, soon);
+    }
+}
+
+static inline __attribute__((always_inline)) void mix_all(float weights[QUERIES][KEYS], int queries_count,
+                                                          const void *values, const enum Kept kind, int count, int dim,
+                                                          float *totals) {
+    for (int q = 0; q < queries_count; q += 4) {
+        float *const to = totals + q * dim;
+        switch (queries_count - q) {
+        case 1: mix(weights + q, 1, values, kind, count, dim, to); break;
+        case 2: mix(weights + q, 2, values, kind, count, dim, to); break;
+        case 3: mix(weights + q, 3, values, kind, count, dim, to); break;
+        default: mix(weights + q, 4, values, kind, count, dim, to);
+        }
+    }
 }
 
 static inline void add_numbers(const float *numbers, int count, float *to) {
@@ -186,20 +219,25 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
                      .each = 4 * row};
         const float *const turned = heads->turned ? (const float *)heads->keys + at : NULL;
         if (turned) soon.left = 0;
-        const void *const kept = (const char *)heads->keys + offset;
-        const float *const keys = turned ? NULL : widen(kept, heads->kind, some * dim, wide);
-        for (int q = 0; q < count; q += 4) {
-            const float *const from = query + q * dim;
-#define SCORE(n)                                                                     \
-    if (turned) score_turned(from, n, turned, heads->turned, some, dim, scores + q); \
-    else score(from, n, keys, some, dim, scores + q, &soon);                         \
-    break
-            switch (count - q) {
-            case 1: SCORE(1);
-            case 2: SCORE(2);
-            case 3: SCORE(3);
-            default: SCORE(4);
+        /* What many queries look at becomes floats once, and what few do, as they look at it. */
+        const enum Kept kind = count > FEW_QUERIES ? FLOATS : heads->kind;
+        const void *kept = (const char *)heads->keys + offset;
+        if (turned) {
+            for (int q = 0; q < count; q += 4) {
+                const float *const from = query + q * dim;
+                switch (count - q) {
+                case 1: score_turned(from, 1, turned, heads->turned, some, dim, scores + q); break;
+                case 2: score_turned(from, 2, turned, heads->turned, some, dim, scores + q); break;
+                case 3: score_turned(from, 3, turned, heads->turned, some, dim, scores + q); break;
+                default: score_turned(from, 4, turned, heads->turned, some, dim, scores + q);
+                }
             }
+        } else if (kind == HALVES) {
+            score_all(query, count, kept, HALVES, some, dim, scores, &soon);
+        } else if (kind == CODES) {
+            score_all(query, count, kept, CODES, some, dim, scores, &soon);
+        } else {
+            score_all(query, count, widen(kept, heads->kind, some * dim, wide), FLOATS, some, dim, scores, &soon);
         }
         if (a->softcap > 0)
             for (int q = 0; q < count; q++)
@@ -235,16 +273,10 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
             }
             sums[q] += add_lanes(sum);
         }
-        const float *const values = widen((const char *)heads->values + offset, heads->kind, some * dim, wide);
-        for (int q = 0; q < count; q += 4) {
-            float *const to = totals + q * dim;
-            switch (count - q) {
-            case 1: mix(scores + q, 1, values, some, dim, to); break;
-            case 2: mix(scores + q, 2, values, some, dim, to); break;
-            case 3: mix(scores + q, 3, values, some, dim, to); break;
-            default: mix(scores + q, 4, values, some, dim, to);
-            }
-        }
+        kept = (const char *)heads->values + offset;
+        if (kind == HALVES) mix_all(scores, count, kept, HALVES, some, dim, totals);
+        else if (kind == CODES) mix_all(scores, count, kept, CODES, some, dim, totals);
+        else mix_all(scores, count, widen(kept, heads->kind, some * dim, wide), FLOATS, some, dim, totals);
     }
     for (int q = 0; q < count; q++) {
         *out[q].largest = largest[q];

@@ -55,7 +55,7 @@ static inline __attribute__((always_inline)) void tile_by_rows(const Weights *w,
 #pragma GCC unroll 8
         for (int i = 0; i < bits; i++) {
             const __m512i both = _mm512_loadu_si512(codes + i * 64);
-            _mm_prefetch((const char *)codes + i * 64 + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *)codes + i * 64 + AHEAD, _MM_HINT_T1);
             words[i] = bits == 4 ? _mm512_and_si512(both, low) : both;
             if (bits == 4) words[i + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
         }
