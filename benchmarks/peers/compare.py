@@ -1,8 +1,9 @@
 """gemini-edge against its peers: the same token ids, threads and processors, A B A B in living processes.
 
 Every peer first starts a few times from nothing, in turn: process start to first token. Then one process of
-each stays; every round visits each with the round's prompt, beginning with another one each time, and whoever is
-not at turn is stopped. Peak memory is asked for after the rounds, before the scoring, whose logits need memory of their own.
+each stays; every round visits each with the round's prompt, beginning with another one each time, and whoever
+is not at turn is stopped. Peak memory is asked for after the rounds, before the scoring, whose logits need
+memory of their own.
 """
 
 import math

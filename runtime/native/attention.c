@@ -24,6 +24,22 @@ void round_to_codes(const float *x, const float *scales, int step, int width, in
     }
 }
 
+void turn_eight(const float *x, size_t stride, float *to, size_t step) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(x + i * stride);
+    for (int i = 0; i < 8; i += 2) b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            const __m256d low = _mm256_castps_pd(b[i + j]), high = _mm256_castps_pd(b[i + 2 + j]);
+            a[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+            a[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+        }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * step, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * step, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+}
+
 void narrow(const float *x, int width, uint16_t *halves) {
     for (int i = 0; i < width; i += 8)
         _mm_storeu_si128((__m128i *)(halves + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
@@ -290,7 +306,9 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
 void combine(const float *largest, const float *sums, const float *totals, int parts, int dim, float *out) {
     float top = -INFINITY, sum = 0;
     if (parts == 1) {
-        for (int d = 0; d < dim; d++) out[d] = sums[0] > 0 ? totals[d] / sums[0] : 0;
+        const __m256 inverse = _mm256_set1_ps(sums[0] > 0 ? 1 / sums[0] : 0);
+        for (int d = 0; d < dim; d += 8)
+            _mm256_storeu_ps(out + d, _mm256_mul_ps(_mm256_loadu_ps(totals + d), inverse));
         return;
     }
     for (int i = 0; i < parts; i++) top = largest[i] > top ? largest[i] : top;
@@ -301,5 +319,6 @@ void combine(const float *largest, const float *sums, const float *totals, int p
         sum += factor * sums[i];
         for (int d = 0; d < dim; d++) out[d] += factor * totals[(size_t)i * dim + d];
     }
-    for (int d = 0; d < dim; d++) out[d] = sum > 0 ? out[d] / sum : 0;
+    const float inverse = sum > 0 ? 1 / sum : 0;
+    for (int d = 0; d < dim; d++) out[d] *= inverse;
 }

@@ -42,6 +42,9 @@ typedef struct {
 /* Su et al. 2021, "RoFormer", equation 34: the first 2 * half numbers of x turn by one position's angles. */
 void rotate(float *x, const float *cosines, const float *sines, int half, int interleaved);
 
+/* Eight rows of eight numbers become eight columns: to[d * step + i] = x[i * stride + d]. */
+void turn_eight(const float *x, size_t stride, float *to, size_t step);
+
 void narrow(const float *x, int width, uint16_t *halves);
 void round_to_codes(const float *x, const float *scales, int step, int width, int8_t *codes);
 

@@ -42,6 +42,12 @@ typedef struct {
     int k, words, levels; /* levels: the largest code, 127 or 255 */
 } WholeRows;
 
+static inline WholeRows whole_rows_from(const WholeRows *x, int row) {
+    WholeRows rest = *x;
+    rest.codes += (size_t)row * x->words * 4, rest.scales += row, rest.zeros += row;
+    return rest;
+}
+
 /* One row of k floats becomes row `row` of `to`. */
 void quantize_whole_row(const float *x, const WholeRows *to, int row);
 

@@ -51,7 +51,8 @@ enum { STAGE_INTS = 7, WEIGHT_INTS = 8, ATTENTION_INTS = 13, FACTORS = 3, MOST =
 enum { MOST_WIDTH = 1 << 24 }; /* of weights and activations, so that no product of sizes leaves 64 bits */
 enum { MOST_PARTS = 8 };       /* that the keys of one token's attention are shared out in */
 enum { AT_A_TIME = 1 << 17 };  /* bytes, times a tile, of codes that are packed before their pages are let go of */
-enum { AT_ONCE = 128 };        /* rows that go through all stages together, where others do not matter to them */
+enum { AT_ONCE = 512 };        /* rows that go through all stages together, where others do not matter to them */
+enum { BY_ROWS = 32, LEAST_BY_ROWS = 24 }; /* rows of a piece where they are shared out; from how many a thread on */
 enum { ALONE = 1 << 17 };      /* products of fewer multiplications are not worth a second thread */
 
 typedef struct {
@@ -109,8 +110,11 @@ typedef struct {
     Api api;
     int inputs, values, output_count, stages, products, steps, phases;
     int *widths, *outputs;
-    int *rounded, *rounded_rows; /* whether a value is wanted in 8 bits by groups, in 7 by rows */
-    int *slot, slots, *slot_width;   /* of values that lie in scratch memory; -1: an input or output */
+    int *rounded, *rounded_rows; /* whether a value is wanted in codes by groups, by whole rows */
+    /* Scratch memory: the places of values, of their codes by groups, and by whole rows, three a value; -1: none. */
+    int *slot, slots;
+    size_t *slot_size; /* bytes a row */
+    int *passing;      /* of places: whether rows do not need each other's, from when it is written to when it is read */
     Stage *stage;
     Weights *weights;
     Channels *channels; /* instead of weights with block 0 */
@@ -146,14 +150,17 @@ typedef struct {
     float **value;
     Rows8 *rows8;
     WholeRows *whole_rows;
-    uint8_t *panels;
-    atomic_int *next, *done, panels_taken;
+    uint8_t *rooms; /* for each thread: a panel and, where rows are shared out, what passes */
+    size_t room;
+    atomic_int *next, *done, *rooms_taken;
     int *pieces;
     /* of attention: rows of the batch, tokens of each, the most tokens of one with those before */
     const int64_t *ids;
     int batch, length, total, first_batch;
     int parts; /* that the keys of one token are shared out in, where every row has one; else 0 */
     int offered; /* threads */
+    int by_rows; /* whether products are shared out by rows, too, together with what stands between them */
+    int unit;    /* rows that are not shared out */
     const int32_t *lengths;
     Cache *caches;
     float *largest, *sums, *totals; /* (rows, heads, parts[, dim]) */
@@ -242,11 +249,7 @@ static void store(const Run *run, const Stage *s, int row) {
     for (int which = 0; which < 2; which++) {
         const float *from = x + (a->heads + which * a->kv_heads) * a->dim;
         for (int head = 0; head < a->kv_heads; head++, from += a->dim) {
-            if (cache->turned && which == 0) {
-                float *key = (float *)kept_at(cache, 0, a, batch, head, 0) + position;
-                for (int d = 0; d < a->dim; d++, key += cache->capacity) *key = from[d];
-                continue;
-            }
+            if (cache->turned && which == 0) continue; /* `store_turned` does it for several rows */
             uint8_t *to = kept_at(cache, which, a, batch, head, position);
             if (cache->kind == FLOATS) memcpy(to, from, sizeof(float) * a->dim);
             else if (cache->kind == HALVES) narrow(from, a->dim, (uint16_t *)to);
@@ -254,6 +257,26 @@ static void store(const Run *run, const Stage *s, int row) {
                 const int step = keeping->step[which];
                 round_to_codes(from, keeping->scales[which] + head * a->dim * step, step, a->dim, (int8_t *)to);
             }
+        }
+    }
+}
+
+/* Puts keys of some rows where they lie in columns: of eight rows that follow each other in a batch at once. */
+static void store_turned(const Run *run, const Stage *s, int first, int last) {
+    const Attention *a = &run->program->keeping[s->place].shape;
+    const Cache *cache = &run->caches[s->place];
+    const size_t width = run->program->widths[s->a];
+    for (int row = first, some; row < last; row += some) {
+        const int batch = row / run->length, position = row % run->length, left = run->length - position;
+        some = last - row < left ? last - row : left;
+        some = some >= 8 ? 8 : some;
+        for (int head = 0; head < a->kv_heads; head++) {
+            const float *from = run->value[s->a] + row * width + (a->heads + head) * a->dim;
+            float *to = (float *)kept_at(cache, 0, a, batch, head, 0) + position;
+            for (int d = 0; d < a->dim && some == 8; d += 8, to += 8 * cache->capacity)
+                turn_eight(from + d, width, to, cache->capacity);
+            for (int d = 0; d < a->dim && some < 8; d++, to += cache->capacity)
+                for (int i = 0; i < some; i++) to[i] = from[i * width + d];
         }
     }
 }
@@ -452,6 +475,21 @@ static int piece_of(const Weights *w) {
     return (each + panel - 1) / panel * panel;
 }
 
+/* Some columns of a product, of the rows [row, row + rows). */
+static void run_product(const Run *run, const Stage *s, int row, int rows, int first, int last, void *panel) {
+    const Program *p = run->program;
+    const Weights *w = &p->weights[s->place];
+    const size_t stride = p->widths[s->out];
+    float *y = run->value[s->out] + row * stride + s->column;
+    if (w->block) {
+        const Rows8 x = rows8_from(&run->rows8[s->a], row);
+        multiply(w, &x, rows, first, last, y, stride, panel);
+    } else {
+        const WholeRows x = whole_rows_from(&run->whole_rows[s->a], row);
+        multiply_channels(&p->channels[s->place], &x, rows, first, last, y, stride);
+    }
+}
+
 /* Columns of the products of a phase are numbered one product after the other, in pieces of whole panels. */
 static void run_columns(const Run *run, const Phase *phase, int piece, void *panel) {
     const Program *p = run->program;
@@ -462,43 +500,138 @@ static void run_columns(const Run *run, const Phase *phase, int piece, void *pan
         const int size = piece_of(w), pieces = (w->n + size - 1) / size;
         if (piece < before + pieces) {
             const int first = (piece - before) * size, last = first + size < w->n ? first + size : w->n;
-            float *y = run->value[s->out] + s->column;
-            const size_t stride = p->widths[s->out];
-            if (w->block) multiply(w, &run->rows8[s->a], run->rows, first, last, y, stride, panel);
-            else multiply_channels(&p->channels[s->place], &run->whole_rows[s->a], run->rows, first, last, y, stride);
+            run_product(run, s, 0, run->rows, first, last, panel);
             return;
         }
         before += pieces;
     }
 }
 
+/* A phase for some rows alone. */
+static void run_phase(const Run *run, const Phase *phase, int first, int last, void *panel) {
+    const Step *steps = run->program->step + phase->first;
+    if (phase->share == ROWS) {
+        for (int row = first; row < last; row++)
+            for (int j = 0; j < phase->count; j++) run_step(run, &steps[j], row);
+        for (int j = 0; j < phase->count; j++) {
+            const Stage *s = steps[j].part == STORE ? &run->program->stage[steps[j].stage] : NULL;
+            if (s && run->caches[s->place].turned) store_turned(run, s, first, last);
+        }
+        return;
+    }
+    for (int j = 0; j < phase->count; j++) {
+        const Stage *s = &run->program->stage[steps[j].stage];
+        run_product(run, s, first, last - first, 0, run->program->weights[s->place].n, panel);
+    }
+}
+
+static void run_attention(const Run *run, const Phase *phase, int piece) {
+    const Stage *s = &run->program->stage[run->program->step[phase->first].stage];
+    if (!run->parts) {
+        run_tokens(run, s, piece);
+        return;
+    }
+    const int all = token_parts(run, s), each = in_a_row(run, all), first = piece * each;
+    const int end = first + each < all ? first + each : all;
+    for (int j = first; j < end; j++) run_token(run, s, j, j > first, j + 1 < end ? j + 1 : -1);
+}
+
+/* Phases that are shared out together: where rows are, all up to the next attention. */
+static int phases_from(const Run *run, int phase) {
+    const Program *p = run->program;
+    int end = phase + 1;
+    if (run->by_rows && p->phase[phase].share != ATTEND)
+        while (end < p->phases && p->phase[end].share != ATTEND) end++;
+    return end;
+}
+
+/* Says where values and their codes lie: in `slot`, whose places have room for `rows` of them, the first one being
+ * row `first`. Places that are NULL are left as they are. */
+static void place_values(Run *run, uint8_t *const slot[], size_t rows, size_t first) {
+    const Program *p = run->program;
+    for (int v = 0; v < p->values; v++) {
+        uint8_t *at[3];
+        for (int i = 0; i < 3; i++) at[i] = p->slot[3 * v + i] < 0 ? NULL : slot[p->slot[3 * v + i]];
+        const size_t width = p->widths[v];
+        if (at[0]) run->value[v] = (float *)at[0] - first * width;
+        if (at[1]) {
+            Rows8 *x = &run->rows8[v];
+            *x = (Rows8){.k = (int)width, .groups = (int)(width + GROUP - 1) / GROUP, .wide = p->wide};
+            x->moved = run->rows >= PANEL_ROWS && !p->wide;
+            const size_t groups = x->groups, before = first * groups;
+            x->codes = (int8_t *)at[1] - before * GROUP;
+            x->scales = (float *)(at[1] + rows * groups * GROUP) - before;
+            x->sums = (int32_t *)x->scales + rows * groups, x->starts = (uint32_t *)x->sums + rows * groups;
+        }
+        if (at[2]) {
+            WholeRows *x = &run->whole_rows[v];
+            *x = (WholeRows){.k = (int)width, .words = (int)(width + 3) / 4, .levels = p->wide ? 255 : 127};
+            x->codes = at[2] - first * x->words * 4;
+            x->scales = (float *)(at[2] + rows * x->words * 4) - first, x->zeros = (int32_t *)x->scales + rows;
+        }
+    }
+}
+
+/* Some rows of a run, with what passes in a thread's own room. */
+typedef struct {
+    Run run;
+    uint8_t *panel, *slot[MOST];
+} Own;
+
+static size_t own_size(const Run *run) {
+    return aligned(sizeof(Own)) + run->program->values * (sizeof(float *) + sizeof(Rows8) + sizeof(WholeRows));
+}
+
+static Own *own_in(const Run *run, uint8_t *room) {
+    const Program *p = run->program;
+    Own *own = (Own *)room;
+    memset(own, 0, sizeof *own);
+    own->run = *run, room += aligned(sizeof *own);
+    own->run.rows8 = memcpy(room, run->rows8, p->values * sizeof(Rows8)), room += p->values * sizeof(Rows8);
+    own->run.whole_rows = memcpy(room, run->whole_rows, p->values * sizeof(WholeRows));
+    room += p->values * sizeof(WholeRows);
+    own->run.value = memcpy(room, run->value, p->values * sizeof(float *)), room += p->values * sizeof(float *);
+    room = (uint8_t *)aligned((size_t)room);
+    own->panel = room, room += aligned(p->panel);
+    for (int i = 0; i < p->slots && run->by_rows; i++) {
+        if (!p->passing[i]) continue;
+        own->slot[i] = room, room += aligned(BY_ROWS * p->slot_size[i]);
+    }
+    return own;
+}
+
+static size_t room_size(const Run *run) {
+    const Program *p = run->program;
+    size_t size = aligned(own_size(run)) + aligned(p->panel);
+    for (int i = 0; i < p->slots && run->by_rows; i++)
+        if (p->passing[i]) size += aligned(BY_ROWS * p->slot_size[i]);
+    return size;
+}
+
 static void work(void *data, size_t task) {
-    Run *run = data;
+    const Run *run = data;
     (void)task;
     const Program *p = run->program;
-    void *panel = NULL;
-    for (int i = 0; i < p->phases; i++) {
+    Own *own = NULL;
+    for (int i = 0, end; i < p->phases; i = end) {
         const Phase *phase = &p->phase[i];
         const int pieces = run->pieces[i];
         int piece;
+        end = phases_from(run, i);
         while ((piece = atomic_fetch_add_explicit(&run->next[i], 1, memory_order_relaxed)) < pieces) {
+            if (!own && run->room) own = own_in(run, run->rooms + run->room * atomic_fetch_add(run->rooms_taken, 1));
             if (phase->share == ATTEND) {
-                const Stage *s = &p->stage[p->step[phase->first].stage];
-                if (!run->parts) {
-                    run_tokens(run, s, piece);
-                } else {
-                    const int all = token_parts(run, s), each = in_a_row(run, all), first = piece * each;
-                    const int end = first + each < all ? first + each : all;
-                    for (int j = first; j < end; j++) run_token(run, s, j, j > first, j + 1 < end ? j + 1 : -1);
-                }
-            } else if (phase->share == COLUMNS) {
-                if (!panel) panel = run->panels + p->panel * atomic_fetch_add(&run->panels_taken, 1);
-                run_columns(run, phase, piece, panel);
+                run_attention(run, phase, piece);
+            } else if (phase->share == COLUMNS && !run->by_rows) {
+                run_columns(run, phase, piece, own ? own->panel : NULL);
             } else {
-                const int each = (run->rows + pieces - 1) / pieces, first = piece * each;
-                const int last = first + each < run->rows ? first + each : run->rows;
-                for (int row = first; row < last; row++)
-                    for (int j = 0; j < phase->count; j++) run_step(run, &p->step[phase->first + j], row);
+                const int units = (run->rows + run->unit - 1) / run->unit;
+                const int first = (int)((int64_t)units * piece / pieces) * run->unit;
+                const int most = (int)((int64_t)units * (piece + 1) / pieces) * run->unit;
+                const int last = most < run->rows ? most : run->rows;
+                if (run->by_rows) place_values(&own->run, own->slot, BY_ROWS, first);
+                for (int j = i; j < end; j++)
+                    run_phase(run->by_rows ? &own->run : run, &p->phase[j], first, last, own ? own->panel : NULL);
             }
             atomic_fetch_add_explicit(&run->done[i], 1, memory_order_release);
         }
@@ -616,91 +749,80 @@ static size_t passing_size(const Run *run) {
     return most ? most * run->batch * run->caches[0].capacity * sizeof(float) : 0;
 }
 
-/* Takes memory for the rows of a run, and shares out what is to be done with them. */
-static Status run_rows(Run *run, void *context) {
+/* Into how many pieces a phase falls. */
+static int pieces_of(const Run *run, const Phase *phase) {
     const Program *p = run->program;
-    Api api = p->api;
-    const int64_t rows = run->rows;
-    const int many = rows >= PANEL_ROWS && !p->wide;
-    size_t heads = 0, head_numbers = 0;
+    if (phase->share == ATTEND) {
+        const Stage *s = &p->stage[p->step[phase->first].stage];
+        const int blocks = (run->length + QUERIES - 1) / QUERIES, parts = token_parts(run, s);
+        const int each = in_a_row(run, parts);
+        return run->parts ? (parts + each - 1) / each : run->batch * p->keeping[s->place].shape.heads * blocks;
+    }
+    if (run->by_rows) {
+        const int pieces = (run->rows + BY_ROWS - 1) / BY_ROWS;
+        return (pieces + run->offered - 1) / run->offered * run->offered;
+    }
+    if (phase->share == ROWS) return (run->rows + run->unit - 1) / run->unit;
+    int pieces = 0;
+    for (int i = 0; i < phase->count; i++) {
+        const Weights *w = &p->weights[p->stage[p->step[phase->first + i].stage].place];
+        const int piece = piece_of(w);
+        pieces += (w->n + piece - 1) / piece;
+    }
+    return pieces;
+}
+
+/* Lays out what a run needs behind `base`, and says how many bytes that takes; with NULL it says this alone. */
+static size_t lay_out(Run *run, uint8_t *base) {
+    const Program *p = run->program;
+    const size_t rows = run->rows, passing = passing_size(run);
+    size_t at = 0, heads = 0, head_numbers = 0, turned = 0;
     for (int i = 0; i < p->attentions; i++) {
         const Attention *a = &p->keeping[i].shape;
         if ((size_t)a->heads > heads) heads = a->heads;
         if ((size_t)a->heads * a->dim > head_numbers) head_numbers = (size_t)a->heads * a->dim;
     }
     heads *= rows * run->parts, head_numbers *= rows * run->parts;
-    const size_t passing = passing_size(run);
-    size_t size = aligned(sizeof(Rows8) * p->values) + aligned(sizeof(WholeRows) * p->values) + 2 * aligned(passing) +
-                  3 * aligned(sizeof(int) * p->phases) + 2 * aligned(heads * sizeof(float)) +
-                  aligned(head_numbers * sizeof(float));
-    for (int s = 0; s < p->slots; s++) size += aligned(rows * p->slot_width[s] * sizeof(float));
-    for (int v = 0; v < p->values; v++) {
-        const size_t groups = (p->widths[v] + GROUP - 1) / GROUP, words = (p->widths[v] + 3) / 4;
-        if (p->rounded[v]) size += aligned(rows * groups * GROUP) + 3 * aligned(rows * groups * sizeof(float));
-        if (p->rounded_rows[v]) size += aligned(rows * words * 4) + 2 * aligned(rows * sizeof(float));
-    }
-    size += many ? aligned(p->panel) * (run->offered + 1) : 0;
-    size_t turned = 0;
-    for (int i = 0; i < p->turnings; i++) turned += 2 * (size_t)rows * p->turning[i].half;
-    size += aligned(turned * sizeof(float));
-    Arena *arena = take_arena(size);
-    if (!arena) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
-    uint8_t *at = arena->bytes;
-#define TAKE(bytes) (at += aligned(bytes), at - aligned(bytes))
+    for (int i = 0; i < p->turnings; i++) turned += 2 * rows * p->turning[i].half;
+#define TAKE(bytes) (at += aligned(bytes), base ? base + at - aligned(bytes) : NULL)
     run->rows8 = (Rows8 *)TAKE(sizeof(Rows8) * p->values);
     run->whole_rows = (WholeRows *)TAKE(sizeof(WholeRows) * p->values);
     uint8_t *const keys = TAKE(passing), *const values = TAKE(passing);
     for (int i = 0; i < p->attentions && !p->keeps; i++) run->caches[i].kept[0] = keys, run->caches[i].kept[1] = values;
     run->next = (atomic_int *)TAKE(sizeof(int) * p->phases);
     run->done = (atomic_int *)TAKE(sizeof(int) * p->phases);
+    run->rooms_taken = (atomic_int *)TAKE(sizeof(int));
     run->pieces = (int *)TAKE(sizeof(int) * p->phases);
     run->largest = (float *)TAKE(heads * sizeof(float)), run->sums = (float *)TAKE(heads * sizeof(float));
     run->totals = (float *)TAKE(head_numbers * sizeof(float));
-    turn(run, (float *)TAKE(turned * sizeof(float)));
-    float *slots[MOST];
-    for (int s = 0; s < p->slots; s++) slots[s] = (float *)TAKE(rows * p->slot_width[s] * sizeof(float));
-    for (int v = 0; v < p->values; v++) {
-        if (p->slot[v] >= 0) run->value[v] = slots[p->slot[v]];
-        if (p->rounded_rows[v]) {
-            const int words = (p->widths[v] + 3) / 4;
-            run->whole_rows[v] = (WholeRows){.k = p->widths[v], .words = words, .levels = p->wide ? 255 : 127};
-            run->whole_rows[v].codes = TAKE((size_t)rows * words * 4);
-            run->whole_rows[v].scales = (float *)TAKE(rows * sizeof(float));
-            run->whole_rows[v].zeros = (int32_t *)TAKE(rows * sizeof(int32_t));
-        }
-        if (!p->rounded[v]) continue;
-        const int groups = (p->widths[v] + GROUP - 1) / GROUP;
-        run->rows8[v] = (Rows8){.k = p->widths[v], .groups = groups, .moved = many, .wide = p->wide};
-        run->rows8[v].codes = (int8_t *)TAKE(rows * groups * GROUP);
-        run->rows8[v].scales = (float *)TAKE(rows * groups * sizeof(float));
-        run->rows8[v].sums = (int32_t *)TAKE(rows * groups * sizeof(int32_t));
-        run->rows8[v].starts = (uint32_t *)TAKE(rows * groups * sizeof(uint32_t));
-    }
-    run->panels = at;
-    atomic_init(&run->panels_taken, 0);
+    float *const angles = (float *)TAKE(turned * sizeof(float));
+    uint8_t *slot[MOST];
+    for (int i = 0; i < p->slots; i++) slot[i] = p->passing[i] && run->by_rows ? NULL : TAKE(rows * p->slot_size[i]);
+    run->rooms = TAKE(run->room * run->offered);
+#undef TAKE
+    if (base) turn(run, angles), place_values(run, slot, rows, 0);
+    return at;
+}
+
+/* Takes memory for the rows of a run, and shares out what is to be done with them. */
+static Status run_rows(Run *run, void *context) {
+    const Program *p = run->program;
+    Api api = p->api;
+    run->by_rows = run->rows >= (int64_t)LEAST_BY_ROWS * run->offered;
+    run->unit = run->rows < 16 ? 4 : 8;
+    run->room = run->by_rows || (run->rows >= PANEL_ROWS && p->panel) ? aligned(room_size(run)) : 0;
+    Arena *arena = take_arena(lay_out(run, NULL));
+    if (!arena) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
+    lay_out(run, arena->bytes);
     int most = 1;
     for (int i = 0; i < p->phases; i++) {
-        const Phase *phase = &p->phase[i];
-        int pieces = 0;
-        if (phase->share == ATTEND) {
-            const Stage *s = &p->stage[p->step[phase->first].stage];
-            const int blocks = (run->length + QUERIES - 1) / QUERIES, parts = token_parts(run, s);
-            const int each = in_a_row(run, parts);
-            pieces = run->parts ? (parts + each - 1) / each : run->batch * p->keeping[s->place].shape.heads * blocks;
-        } else if (phase->share == COLUMNS)
-            for (int j = 0; j < phase->count; j++) {
-                const Weights *w = &p->weights[p->stage[p->step[phase->first + j].stage].place];
-                const int piece = piece_of(w);
-                pieces += (w->n + piece - 1) / piece;
-            }
-        else
-            pieces = rows < 16 ? (int)(rows + 3) / 4 : (int)(rows + 7) / 8;
-        run->pieces[i] = pieces;
-        if (pieces > most) most = pieces;
+        run->pieces[i] = pieces_of(run, &p->phase[i]);
+        if (run->pieces[i] > most) most = run->pieces[i];
         atomic_init(&run->next[i], 0);
         atomic_init(&run->done[i], 0);
     }
-    const int tasks = p->per_row * rows < ALONE ? 1 : most < run->offered ? most : run->offered;
+    atomic_init(run->rooms_taken, 0);
+    const int tasks = p->per_row * run->rows < ALONE ? 1 : most < run->offered ? most : run->offered;
     Status status = NULL;
     if (tasks == 1) work(run, 0);
     else status = CALL(api, PARALLEL_FOR, context, work, (size_t)tasks, (size_t)0, run);
@@ -1040,7 +1162,7 @@ static void destroy(void *kernel) {
         if (p->table[i]) leave_table(p->table[i]);
     free(p->table);
     free(p->channels), free(p->rounded_rows);
-    free(p->widths), free(p->outputs), free(p->rounded), free(p->slot), free(p->slot_width), free(p->stage);
+    free(p->widths), free(p->outputs), free(p->rounded), free(p->slot), free(p->passing), free(p->slot_size), free(p->stage);
     free(p->weights), free(p->packed), free(p->step), free(p->phase), free(p->keeping),
         free(p->turning), free(p);
 }
@@ -1099,15 +1221,10 @@ static void add_step(Program *p, Phase *phase, enum Part part, int stage, int ro
     phase->count++;
 }
 
-/* Stages in their order become phases; before a product its activations are rounded, once. 0: no memory. */
-static int plan(Program *p) {
-    int *written = calloc(p->values, sizeof *written); /* phase that makes each value; of inputs -1 */
-    int *until = calloc(p->values, sizeof *until), *free_from = calloc(p->values + 1, sizeof *free_from);
-    if (!written || !until || !free_from) {
-        free(written), free(until), free(free_from);
-        return 0;
-    }
-    for (int v = 0; v < p->values; v++) written[v] = -1;
+/* Stages in their order become phases; before a product its activations are rounded, once. `written` says which phase
+ * makes each value and its codes, three a value; of inputs -1. */
+static void plan_phases(Program *p, int *written) {
+    for (int v = 0; v < 3 * p->values; v++) written[v] = -1;
     for (int i = 0; i < p->stages; i++) {
         Stage *s = &p->stage[i];
         Phase *last = p->phases ? &p->phase[p->phases - 1] : NULL;
@@ -1118,6 +1235,7 @@ static int plan(Program *p) {
                 if (!last || last->share != ROWS) last = next_phase(p, ROWS);
                 add_step(p, last, in_groups ? ROUND : ROUND_ROWS, -1, s->a);
                 *rounded = p->phases; /* one more than its phase */
+                written[3 * s->a + (in_groups ? 1 : 2)] = p->phases - 1;
             }
             if (last->share != COLUMNS || *rounded == p->phases) last = next_phase(p, COLUMNS);
         } else if (!last || last->share != ROWS) {
@@ -1126,40 +1244,78 @@ static int plan(Program *p) {
         if (s->kind == ATTENTION) {
             add_step(p, last, STORE, i, -1);
             add_step(p, next_phase(p, ATTEND), WHOLE, i, -1);
-            written[s->out] = p->phases - 1;
+            written[3 * s->out] = p->phases - 1;
             add_step(p, next_phase(p, ROWS), COMBINE, i, -1);
             continue;
         }
         add_step(p, last, WHOLE, i, -1);
-        written[s->out] = p->phases - 1;
-        if (s->second >= 0) written[s->second] = p->phases - 1;
+        written[3 * s->out] = p->phases - 1;
+        if (s->second >= 0) written[3 * s->second] = p->phases - 1;
     }
-    /* Scratch memory: a value takes over the place of one that no phase from its own on reads. */
+}
+
+/* The last phase that reads each value and its codes; at the least that which writes them. */
+static void plan_ends(const Program *p, const int *written, int *until) {
+    memcpy(until, written, sizeof(int) * 3 * p->values);
     for (int i = 0; i < p->phases; i++)
         for (int j = 0; j < p->phase[i].count; j++) {
             const Step *step = &p->step[p->phase[i].first + j];
             const Stage *s = step->stage < 0 ? NULL : &p->stage[step->stage];
-            if (step->part == ROUND || step->part == ROUND_ROWS) until[step->rounded] = i;
-            if (step->part == COMBINE) until[s->out] = i;
-            if (s && s->kind != PRODUCT && s->a >= 0) until[s->a] = i;
-            if (s && s->b >= 0) until[s->b] = i;
+            if (!s) until[3 * step->rounded] = i;
+            else if (s->kind == PRODUCT) until[3 * s->a + (p->weights[s->place].block ? 1 : 2)] = i;
+            else if (s->a >= 0) until[3 * s->a] = i;
+            if (s && s->b >= 0) until[3 * s->b] = i;
+            if (step->part == COMBINE) until[3 * s->out] = i;
         }
-    for (int v = 0; v < p->values; v++) p->slot[v] = -1;
-    for (int i = 0; i < p->phases; i++)
-        for (int v = p->inputs; v < p->values; v++) {
-            if (written[v] != i) continue;
-            int is_output = 0;
-            for (int o = 0; o < p->output_count; o++) is_output |= p->outputs[o] == v;
-            if (is_output) continue;
+}
+
+/* Whether an attention lies between two phases, or one of them is. */
+static int attention_within(const Program *p, int from, int until) {
+    for (int i = from; i <= until; i++)
+        if (p->phase[i].share == ATTEND) return 1;
+    return 0;
+}
+
+static size_t bytes_a_row(const Program *p, int thing) {
+    const size_t width = p->widths[thing / 3], groups = (width + GROUP - 1) / GROUP, words = (width + 3) / 4;
+    if (thing % 3 == 0) return width * sizeof(float);
+    return thing % 3 == 1 ? groups * (GROUP + 3 * sizeof(float)) : words * 4 + 2 * sizeof(float);
+}
+
+static int is_output(const Program *p, int value) {
+    for (int i = 0; i < p->output_count; i++)
+        if (p->outputs[i] == value) return 1;
+    return 0;
+}
+
+/* Phases, and a place in scratch memory for all that they write: it takes over that of something that no phase from its
+ * own on reads. Where rows are shared out, those of others may be several phases behind, up to the next attention, and
+ * what is not in a thread's own room has to wait for that. 0: there is not enough memory to do it. */
+static int plan(Program *p) {
+    const int things = 3 * p->values;
+    int *written = calloc(things, sizeof *written), *until = calloc(things, sizeof *until);
+    int *free_from = calloc(things + 1, sizeof *free_from);
+    const int enough = written && until && free_from;
+    if (enough) {
+        plan_phases(p, written);
+        plan_ends(p, written, until);
+    }
+    for (int i = 0; enough && i < things; i++) p->slot[i] = -1;
+    for (int i = 0; enough && i < p->phases; i++)
+        for (int thing = 0; thing < things; thing++) {
+            if (written[thing] != i || (thing % 3 == 0 && is_output(p, thing / 3))) continue;
+            const int passing = !attention_within(p, i, until[thing]);
             int place = 0;
-            while (place < p->slots && free_from[place] > i) place++;
-            if (place == p->slots) p->slots++;
-            p->slot[v] = place;
-            free_from[place] = (until[v] > i ? until[v] : i) + 1;
-            if (p->widths[v] > p->slot_width[place]) p->slot_width[place] = p->widths[v];
+            while (place < p->slots && (free_from[place] > i || p->passing[place] != passing)) place++;
+            if (place == p->slots) p->passing[p->slots++] = passing;
+            p->slot[thing] = place;
+            int end = until[thing];
+            while (!passing && p->phase[end].share != ATTEND && end + 1 < p->phases) end++;
+            free_from[place] = end + 1;
+            if (bytes_a_row(p, thing) > p->slot_size[place]) p->slot_size[place] = bytes_a_row(p, thing);
         }
     free(written), free(until), free(free_from);
-    return 1;
+    return enough && p->slots <= MOST;
 }
 
 static Status create(const CustomOp *op, Api api, const void *info, void **kernel) {
@@ -1190,13 +1346,14 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     size_t epsilon_count = p->stages;
     epsilons = calloc(p->stages + 1, sizeof *epsilons);
     p->rounded = calloc(p->values + 1, sizeof(int)), p->rounded_rows = calloc(p->values + 1, sizeof(int));
-    p->slot = calloc(p->values + 1, sizeof(int)), p->slot_width = calloc(p->values + 1, sizeof(int));
+    p->slot = calloc(3 * p->values + 1, sizeof(int)), p->passing = calloc(3 * p->values + 1, sizeof(int));
+    p->slot_size = calloc(3 * p->values + 1, sizeof *p->slot_size);
     p->stage = calloc(p->stages + 1, sizeof *p->stage);
     p->table = calloc(p->products + 1, sizeof *p->table);
     p->weights = calloc(p->products + 1, sizeof *p->weights);
     p->channels = calloc(p->products + 1, sizeof *p->channels);
     p->step = calloc(3 * p->stages + 1, sizeof *p->step), p->phase = calloc(3 * p->stages + 1, sizeof *p->phase);
-    if (!factors || !p->keeping || !p->turning || !epsilons || !p->rounded || !p->slot || !p->slot_width || !p->stage ||
+    if (!factors || !p->keeping || !p->turning || !epsilons || !p->rounded || !p->slot || !p->passing || !p->slot_size || !p->stage ||
         !p->table || !p->weights || !p->channels || !p->rounded_rows || !p->step || !p->phase) {
         status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
         goto failed;
@@ -1262,7 +1419,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         } else {
             packed += aligned(packed_bytes(w));
         }
-        const size_t panel = panel_bytes(w->k);
+        const size_t panel = p->wide ? 0 : panel_bytes(w->k);
         if (panel > p->panel) p->panel = aligned(panel);
         if (!looked_up) p->per_row += (int64_t)w->k * w->n;
         status = refuse(api, unfit);

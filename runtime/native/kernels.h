@@ -51,6 +51,13 @@ typedef struct {
     int k, groups, moved, wide; /* wide: for tiles of WIDE_TILE rows; they need no panels */
 } Rows8;
 
+static inline Rows8 rows8_from(const Rows8 *x, int row) {
+    const size_t group = (size_t)row * x->groups;
+    Rows8 rest = *x;
+    rest.codes += group * GROUP, rest.scales += group, rest.sums += group, rest.starts += group;
+    return rest;
+}
+
 /* One row of k floats becomes row `row` of `to`. */
 void quantize_row(const float *x, const Rows8 *to, int row);
 
