@@ -449,57 +449,50 @@ void layer_norm(const float *x, const float *gain, const float *bias, float epsi
     for (; i < width; i++) y[i] = (x[i] - mean) * factor * gain[i] + (bias ? bias[i] : 0.0f);
 }
 
-/* x / (1 + e**-x) */
-void silu(const float *x, int width, float *y) {
-    const __m256 one = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
-    int i = 0;
-    for (; i + 8 <= width; i += 8) {
-        const __m256 v = _mm256_loadu_ps(x + i);
-        _mm256_storeu_ps(y + i, _mm256_div_ps(v, _mm256_add_ps(one, exponential(_mm256_sub_ps(zero, v)))));
-    }
-    for (; i < width; i++) y[i] = x[i] / (1.0f + expf(-x[i]));
-}
-
 /* x / 2 * (1 + erf(x / sqrt 2)), erf by Abramowitz and Stegun, 7.1.26: off by 1.5e-7 at the most. */
-void gelu(const float *x, int width, float *y) {
-    const __m256 one = _mm256_set1_ps(1.0f), half = _mm256_set1_ps(0.5f), sign = _mm256_set1_ps(-0.0f);
-    for (int i = 0; i < width; i += 8) {
-        float some[8] = {0};
-        const int whole = i + 8 <= width;
-        if (!whole) memcpy(some, x + i, sizeof(float) * (width - i));
-        const __m256 v = _mm256_loadu_ps(whole ? x + i : some);
-        const __m256 u = _mm256_mul_ps(v, _mm256_set1_ps(0.70710678f)), size = _mm256_andnot_ps(sign, u);
-        const __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(size, _mm256_set1_ps(0.3275911f), one));
-        __m256 p = _mm256_set1_ps(1.061405429f);
-        p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-1.453152027f));
-        p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(1.421413741f));
-        p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-0.284496736f));
-        p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(0.254829592f));
-        const __m256 power = exponential(_mm256_mul_ps(_mm256_xor_ps(size, sign), size));
-        const __m256 erf = _mm256_fnmadd_ps(_mm256_mul_ps(p, t), power, one);
-        const __m256 out = _mm256_mul_ps(_mm256_mul_ps(v, half), _mm256_add_ps(one, _mm256_or_ps(erf, _mm256_and_ps(u, sign))));
-        _mm256_storeu_ps(some, out);
-        if (whole) _mm256_storeu_ps(y + i, out);
-        else memcpy(y + i, some, sizeof(float) * (width - i));
-    }
+static inline __m256 gelu_of(__m256 x) {
+    const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
+    const __m256 u = _mm256_mul_ps(x, _mm256_set1_ps(0.70710678f)), size = _mm256_andnot_ps(sign, u);
+    const __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(size, _mm256_set1_ps(0.3275911f), one));
+    __m256 p = _mm256_set1_ps(1.061405429f);
+    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-1.453152027f));
+    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(1.421413741f));
+    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-0.284496736f));
+    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(0.254829592f));
+    const __m256 power = exponential(_mm256_mul_ps(_mm256_xor_ps(size, sign), size));
+    const __m256 erf = _mm256_fnmadd_ps(_mm256_mul_ps(p, t), power, one);
+    const __m256 half = _mm256_mul_ps(x, _mm256_set1_ps(0.5f));
+    return _mm256_mul_ps(half, _mm256_add_ps(one, _mm256_or_ps(erf, _mm256_and_ps(u, sign))));
 }
 
 /* x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x³))), which is x / (1 + e**(-2 * what tanh is of)) */
-void gelu_tanh(const float *x, int width, float *y) {
+static inline __m256 gelu_tanh_of(__m256 x) {
     const __m256 one = _mm256_set1_ps(1.0f);
-    for (int i = 0; i < width; i += 8) {
-        float some[8] = {0};
-        const int whole = i + 8 <= width;
-        if (!whole) memcpy(some, x + i, sizeof(float) * (width - i));
-        const __m256 v = _mm256_loadu_ps(whole ? x + i : some);
-        const __m256 cubic = _mm256_fmadd_ps(_mm256_mul_ps(v, v), _mm256_set1_ps(0.044715f), one);
-        const __m256 u = _mm256_mul_ps(_mm256_mul_ps(v, cubic), _mm256_set1_ps(-1.59576912f));
-        const __m256 out = _mm256_div_ps(v, _mm256_add_ps(one, exponential(u)));
-        _mm256_storeu_ps(some, out);
-        if (whole) _mm256_storeu_ps(y + i, out);
-        else memcpy(y + i, some, sizeof(float) * (width - i));
-    }
+    const __m256 cubic = _mm256_fmadd_ps(_mm256_mul_ps(x, x), _mm256_set1_ps(0.044715f), one);
+    const __m256 u = _mm256_mul_ps(_mm256_mul_ps(x, cubic), _mm256_set1_ps(-1.59576912f));
+    return _mm256_div_ps(x, _mm256_add_ps(one, exponential(u)));
 }
+
+/* x / (1 + e**-x) */
+static inline __m256 silu_of(__m256 x) {
+    const __m256 power = exponential(_mm256_sub_ps(_mm256_setzero_ps(), x));
+    return _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0f), power));
+}
+
+/* y = what `of` makes of x, eight numbers at a time. */
+static inline __attribute__((always_inline)) void each_eight(const float *x, int width, float *y, __m256 (*of)(__m256)) {
+    int i = 0;
+    for (; i + 8 <= width; i += 8) _mm256_storeu_ps(y + i, of(_mm256_loadu_ps(x + i)));
+    if (i == width) return;
+    float last[8] = {0};
+    memcpy(last, x + i, sizeof(float) * (width - i));
+    _mm256_storeu_ps(last, of(_mm256_loadu_ps(last)));
+    memcpy(y + i, last, sizeof(float) * (width - i));
+}
+
+void gelu(const float *x, int width, float *y) { each_eight(x, width, y, gelu_of); }
+void gelu_tanh(const float *x, int width, float *y) { each_eight(x, width, y, gelu_tanh_of); }
+void silu(const float *x, int width, float *y) { each_eight(x, width, y, silu_of); }
 
 void relu(const float *x, int width, float *y) {
     for (int i = 0; i < width; i++) y[i] = x[i] > 0 ? x[i] : 0;
