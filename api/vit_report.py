@@ -31,7 +31,7 @@ from gemini.runtime import ImageClassifier, load
 RECIPES = ("fp32", "int8", "int8-static")
 EDGE, PATCH = 64, 8
 WIDTH, LAYERS = 384, 4
-EPOCHS, BATCH, RATE = 16, 16, 1e-3
+EPOCHS, BATCH, RATE = 16, 16, 3e-4
 # Most steps see this many of the 64 patches (Liu et al., "PatchDropout", arXiv:2208.07220), in a third of the
 # time.
 PATCHES, WHOLE_EPOCHS = 24, 1
