@@ -25,12 +25,15 @@ from gemini.export.bundle import check_output, commit, describe, staging, write_
 from gemini.export.exporter import export_checkpoint
 from gemini.model.checkpoint import Checkpoint
 
-# (hidden, inner, layers, heads, key/value heads): the last two have the shapes of SmolLM2-135M and -360M.
+# (hidden, inner, layers, heads, key/value heads): two have the shapes of SmolLM2-135M and -360M, the last
+# that of Llama 3.2 1B but for its table.
 SIZES = {
     "20m": (256, 768, 8, 4, 2),
     "50m": (384, 1024, 16, 6, 2),
     "135m": (576, 1536, 30, 9, 3),
     "360m": (960, 2560, 32, 15, 5),
+    "700m": (1536, 4608, 26, 24, 8),
+    "1b": (2048, 8192, 16, 32, 8),
 }
 VOCABULARY = 49_152
 RECIPE = Recipe("int4, nearest", (QuantizeInt4(fit="nearest"),))

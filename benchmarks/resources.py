@@ -61,6 +61,15 @@ def _fields(path: Path) -> dict[str, int]:
     return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
 
 
+def last_level_cache() -> int:
+    """Bytes of the processor's largest cache; 0 where the system does not say."""
+    sizes = [
+        path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
+
+
 def folder_bytes(folder: str | Path) -> int:
     """Bytes of all files below the folder (or of the one file)."""
     path = Path(folder)

@@ -29,8 +29,9 @@ from gemini.benchmarks.page import markdown_lines
 from gemini.benchmarks.peers.ask import ask_load, ask_memory, ask_run, random_batch
 from gemini.benchmarks.peers.compare import Row, open_process, turn
 from gemini.benchmarks.peers.field import Peer, bundle_peers
-from gemini.benchmarks.resources import folder_bytes
+from gemini.benchmarks.resources import folder_bytes, last_level_cache
 from gemini.errors import GeminiEdgeError, UsageError
+from gemini.runtime import kernels
 from gemini.runtime.bundle import Bundle, read_bundle
 from gemini.runtime.schema import DecoderModel
 from gemini.runtime.threads import usable_threads
@@ -38,7 +39,7 @@ from gemini.runtime.threads import usable_threads
 CONTEXTS = (128, 512, 1024, 2048)  # tokens read before the timed ones
 NEW, STARTS, TIMEOUT = 24, 3, 300.0
 LEAST = 4  # sizes
-_FLOAT32 = 4  # bytes of a key's or value's number
+_FLOAT32, _FLOAT16 = 4, 2  # bytes of a key's or value's number
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,16 @@ def llama_shape(
     linear = layers * hidden * (2 * hidden + 2 * kv + 3 * inner) * (4 + 20 / 64) / 8
     table = hidden * vocabulary * (8 + 16 / 64) / 8
     read, stored = int(linear + table), int(linear + table * (1 if tied else 2))
-    return Shape(name, layers, read, stored, 2 * layers * kv * _FLOAT32)
+    return Shape(name, layers, read, stored, 2 * layers * kv * (_FLOAT16 if kernels.wanted() else _FLOAT32))
 
 
-# From the published configurations of Llama 3.2 1B and 3B and Llama 3.1 8B.
-LARGER = (
-    llama_shape("1B", 2048, 8192, 16, 512, 128_256, tied=True),
-    llama_shape("3B", 3072, 8192, 28, 1024, 128_256, tied=True),
-    llama_shape("8B", 4096, 14_336, 32, 1024, 128_256, tied=False),
-)
+def larger_shapes() -> list[Shape]:
+    """From the published configurations of Llama 3.2 1B and 3B and Llama 3.1 8B."""
+    return [
+        llama_shape("1B", 2048, 8192, 16, 512, 128_256, tied=True),
+        llama_shape("3B", 3072, 8192, 28, 1024, 128_256, tied=True),
+        llama_shape("8B", 4096, 14_336, 32, 1024, 128_256, tied=False),
+    ]
 
 
 def shape_of(bundle: Bundle) -> Shape:
@@ -103,12 +105,13 @@ def shape_of(bundle: Bundle) -> Shape:
     if not isinstance(model, DecoderModel):
         raise UsageError(f"{bundle.path.name} is for {bundle.manifest.task}.", "Name bundles of decoders.")
     numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in model.layers)
+    half = bool(bundle.manifest.fused_graphs) and kernels.wanted()
     return Shape(
         bundle.path.name,
         len(model.layers),
         bytes_per_token(bundle),
         folder_bytes(bundle.path),
-        numbers * _FLOAT32,
+        numbers * (_FLOAT16 if half else _FLOAT32),
     )
 
 
@@ -197,10 +200,16 @@ def fit(points: Sequence[tuple[Mapping[str, float], float]]) -> Fit:
     return Fit(dict(zip(names, best.tolist(), strict=True)), worst)
 
 
-def fits(measured: Sequence[Measurement]) -> dict[str, Fit]:
-    """Of a token's milliseconds, a start's milliseconds and the peak megabytes."""
+def fits(measured: Sequence[Measurement], cached: int = 0) -> dict[str, Fit]:
+    """Of a token's milliseconds, a start's milliseconds and the peak megabytes.
+
+    Weights of ``cached`` bytes at the most stay in the processor's cache, where a byte costs less: a token's
+    time is fitted without them, if there are LEAST others.
+    """
+    beyond = [one for one in measured if one.shape.weight_bytes > cached]
+    timed = beyond if len(beyond) >= LEAST else measured
     return {
-        "step_ms": fit([(step_terms(m.shape, c), ms) for m in measured for c, ms in m.step_ms.items()]),
+        "step_ms": fit([(step_terms(m.shape, c), ms) for m in timed for c, ms in m.step_ms.items()]),
         "load_ms": fit([(load_terms(m.shape), m.load_ms) for m in measured]),
         "peak_mb": fit([(memory_terms(m.shape, c), mb) for m in measured for c, mb in m.peak_mb.items()]),
     }
@@ -235,7 +244,7 @@ def tables(measured: Sequence[Measurement], found: Mapping[str, Fit]) -> str:
         for name, one in found.items()
     ]
     larger = [["extrapolated", "weights MB", "context", "tokens/s", "load s", "peak MB"]]
-    for shape in LARGER:
+    for shape in larger_shapes():
         for context in (CONTEXTS[0], CONTEXTS[-1]):
             said = predict(found, shape, context)
             figures = (
@@ -265,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GeminiEdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    found = fits(measured)
+    found = fits(measured, last_level_cache())
     print(tables(measured, found))
     result: dict[str, Any] = {
         "schema_version": 1,
@@ -275,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "fits": {name: asdict(one) for name, one in found.items()},
         "larger": {
             shape.name: {str(context): predict(found, shape, context) for context in CONTEXTS}
-            for shape in LARGER
+            for shape in larger_shapes()
         },
     }
     print(json.dumps(result))

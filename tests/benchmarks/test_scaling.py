@@ -5,7 +5,9 @@ from itertools import chain, combinations
 import numpy as np
 import pytest
 
+from gemini.benchmarks.resources import last_level_cache
 from gemini.benchmarks.scaling import Measurement, Shape, fit, fits, llama_shape, predict
+from gemini.runtime import kernels
 
 
 def made():
@@ -34,6 +36,19 @@ def test_known_costs_are_found_and_extrapolated():
     assert said["peak_mb"] == pytest.approx(50 + 7200 + 2048 * 0.262144)
 
 
+def test_models_that_stay_in_the_cache_do_not_count_for_a_tokens_time():
+    small = Shape("small", 4, 10_000_000, 11_000_000, 1024)
+    quick = Measurement(small, 322, {c: 0.1 for c in (128, 1024)}, {c: 63.2 + c * 1e-3 for c in (128, 1024)})
+    assert fits([quick, *made()], cached=10_000_000)["step_ms"].worst < 1e-9
+    assert fits([quick, *made()], cached=9_999_999)["step_ms"].worst > 0.1
+    too_few = fits([quick, *made()[1:]], cached=10_000_000)
+    assert too_few["step_ms"].worst > 0.1
+
+
+def test_the_largest_cache_has_a_size():
+    assert last_level_cache() == 0 or last_level_cache() >= 1 << 15
+
+
 def test_no_cost_is_negative_and_none_that_is_allowed_fits_better():
     rng = np.random.default_rng(1)
     for _ in range(20):
@@ -53,7 +68,9 @@ def test_no_cost_is_negative_and_none_that_is_allowed_fits_better():
         assert error == pytest.approx(best)
 
 
-def test_a_llamas_bytes_are_those_of_its_matrices():
+@pytest.mark.parametrize("own", [False, True])
+def test_a_llamas_bytes_are_those_of_its_matrices(own, monkeypatch):
+    monkeypatch.setattr(kernels, "wanted", lambda: own)
     shape = llama_shape("135m", 576, 1536, 30, 192, 49_152, tied=True)
     linear = sum(
         rows * columns * 4 / 8 + rows * columns / 64 * (2 + 0.5)
@@ -68,4 +85,4 @@ def test_a_llamas_bytes_are_those_of_its_matrices():
         )
     )
     assert shape.weight_bytes == int(30 * linear + 49_152 * 576 * (1 + 2 / 64)) == shape.bundle_bytes
-    assert shape.cache_bytes == 30 * (192 + 192) * 4
+    assert shape.cache_bytes == 30 * (192 + 192) * (2 if own else 4)
