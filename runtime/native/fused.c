@@ -53,6 +53,7 @@ enum { MOST_PARTS = 8 };       /* that the keys of one token's attention are sha
 enum { AT_A_TIME = 1 << 17 };  /* bytes, times a tile, of codes that are packed before their pages are let go of */
 enum { AT_ONCE = 512 };        /* rows that go through all stages together, where others do not matter to them */
 enum { BY_ROWS = 32, LEAST_BY_ROWS = 24 }; /* rows of a piece where they are shared out; from how many a thread on */
+enum { PIECES = 2 };           /* of a product, for each thread */
 enum { ALONE = 1 << 17 };      /* products of fewer multiplications are not worth a second thread */
 
 typedef struct {
@@ -158,7 +159,7 @@ typedef struct {
     const int64_t *ids;
     int batch, length, total, first_batch;
     int parts; /* that the keys of one token are shared out in, where every row has one; else 0 */
-    int offered; /* threads */
+    int offered, shares; /* threads, and how many shares each phase has: so many, or one */
     int by_rows; /* whether products are shared out by rows, too, together with what stands between them */
     int unit;    /* rows that are not shared out */
     const int32_t *lengths;
@@ -468,9 +469,10 @@ static void run_step(const Run *run, const Step *step, int row) {
     }
 }
 
-/* How many columns of a product are a piece of work: pieces are enough for threads to share evenly, of whole panels. */
-static int piece_of(const Weights *w) {
-    const int wide = w->tile == WIDE_TILE, each = (w->n + 15) / 16;
+/* How many columns of a product are a piece of work: whole panels, and few pieces for a thread, since each begins with
+ * memory that nobody has asked for. */
+static int piece_of(const Run *run, const Weights *w) {
+    const int wide = w->tile == WIDE_TILE, pieces = PIECES * run->shares, each = (w->n + pieces - 1) / pieces;
     const int panel = w->block ? (wide ? WIDE_TILE : PANEL_COLUMNS) : (wide ? WIDE_CHANNELS : CHANNELS);
     return (each + panel - 1) / panel * panel;
 }
@@ -497,7 +499,7 @@ static void run_columns(const Run *run, const Phase *phase, int piece, void *pan
     for (int i = 0; i < phase->count; i++) {
         const Stage *s = &p->stage[p->step[phase->first + i].stage];
         const Weights *w = &p->weights[s->place];
-        const int size = piece_of(w), pieces = (w->n + size - 1) / size;
+        const int size = piece_of(run, w), pieces = (w->n + size - 1) / size;
         if (piece < before + pieces) {
             const int first = (piece - before) * size, last = first + size < w->n ? first + size : w->n;
             run_product(run, s, 0, run->rows, first, last, panel);
@@ -608,17 +610,30 @@ static size_t room_size(const Run *run) {
     return size;
 }
 
+/* The next piece of a phase for a thread; -1: all are taken. Every thread has pieces that lie side by side, in whose
+ * memory one leads to the next, and helps with those of others when it has no more. `helped`: how many others so far. */
+static int next_piece(const Run *run, int phase, int thread, int *helped) {
+    const int pieces = run->pieces[phase], shares = run->shares;
+    for (; *helped < shares; ++*helped) {
+        const int share = (thread + *helped) % shares;
+        const int first = (int)((int64_t)pieces * share / shares), last = (int)((int64_t)pieces * (share + 1) / shares);
+        atomic_int *const taken = &run->next[phase * shares + share];
+        const int piece = first + atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
+        if (piece < last) return piece;
+    }
+    return -1;
+}
+
 static void work(void *data, size_t task) {
     const Run *run = data;
-    (void)task;
     const Program *p = run->program;
     Own *own = NULL;
     for (int i = 0, end; i < p->phases; i = end) {
         const Phase *phase = &p->phase[i];
         const int pieces = run->pieces[i];
-        int piece;
+        int helped = 0, piece;
         end = phases_from(run, i);
-        while ((piece = atomic_fetch_add_explicit(&run->next[i], 1, memory_order_relaxed)) < pieces) {
+        while ((piece = next_piece(run, i, (int)task, &helped)) >= 0) {
             if (!own && run->room) own = own_in(run, run->rooms + run->room * atomic_fetch_add(run->rooms_taken, 1));
             if (phase->share == ATTEND) {
                 run_attention(run, phase, piece);
@@ -766,7 +781,7 @@ static int pieces_of(const Run *run, const Phase *phase) {
     int pieces = 0;
     for (int i = 0; i < phase->count; i++) {
         const Weights *w = &p->weights[p->stage[p->step[phase->first + i].stage].place];
-        const int piece = piece_of(w);
+        const int piece = piece_of(run, w);
         pieces += (w->n + piece - 1) / piece;
     }
     return pieces;
@@ -789,7 +804,7 @@ static size_t lay_out(Run *run, uint8_t *base) {
     run->whole_rows = (WholeRows *)TAKE(sizeof(WholeRows) * p->values);
     uint8_t *const keys = TAKE(passing), *const values = TAKE(passing);
     for (int i = 0; i < p->attentions && !p->keeps; i++) run->caches[i].kept[0] = keys, run->caches[i].kept[1] = values;
-    run->next = (atomic_int *)TAKE(sizeof(int) * p->phases);
+    run->next = (atomic_int *)TAKE(sizeof(int) * p->phases * run->shares);
     run->done = (atomic_int *)TAKE(sizeof(int) * p->phases);
     run->rooms_taken = (atomic_int *)TAKE(sizeof(int));
     run->pieces = (int *)TAKE(sizeof(int) * p->phases);
@@ -811,21 +826,19 @@ static Status run_rows(Run *run, void *context) {
     run->by_rows = run->rows >= (int64_t)LEAST_BY_ROWS * run->offered;
     run->unit = run->rows < 16 ? 4 : 8;
     run->room = run->by_rows || (run->rows >= PANEL_ROWS && p->panel) ? aligned(room_size(run)) : 0;
+    run->shares = p->per_row * run->rows < ALONE ? 1 : run->offered;
     Arena *arena = take_arena(lay_out(run, NULL));
     if (!arena) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
     lay_out(run, arena->bytes);
-    int most = 1;
     for (int i = 0; i < p->phases; i++) {
         run->pieces[i] = pieces_of(run, &p->phase[i]);
-        if (run->pieces[i] > most) most = run->pieces[i];
-        atomic_init(&run->next[i], 0);
+        for (int j = 0; j < run->shares; j++) atomic_init(&run->next[i * run->shares + j], 0);
         atomic_init(&run->done[i], 0);
     }
     atomic_init(run->rooms_taken, 0);
-    const int tasks = p->per_row * run->rows < ALONE ? 1 : most < run->offered ? most : run->offered;
     Status status = NULL;
-    if (tasks == 1) work(run, 0);
-    else status = CALL(api, PARALLEL_FOR, context, work, (size_t)tasks, (size_t)0, run);
+    if (run->shares == 1) work(run, 0);
+    else status = CALL(api, PARALLEL_FOR, context, work, (size_t)run->shares, (size_t)0, run);
     give_back(arena);
     return status;
 }
