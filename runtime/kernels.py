@@ -70,12 +70,16 @@ def wanted() -> bool:
 
 
 def state() -> str:
-    """In a word what becomes of the own kernels here: "used", "not used", "unfit" or "not built"."""
+    """In a word what becomes of the own kernels here: "AVX-512 VNNI" or "AVX2" where they are used, else "not
+    used", "unfit" or "not built"."""
     if _library() is None:
         return "not built"
     if not available():
         return "unfit"
-    return "used" if wanted() else "not used"
+    if not wanted():
+        return "not used"
+    wide = _processor() == _AVX512_VNNI and os.environ.get(VARIABLE) != _OWN_IN_AVX2
+    return "AVX-512 VNNI" if wide else "AVX2"
 
 
 def register(options: ort.SessionOptions, threads: int) -> None:

@@ -84,8 +84,9 @@ def compare(peers: Sequence[Peer], windows: Sequence[Sequence[int]], settings: S
             if settings.device == "cpu":
                 bandwidth = max(bandwidth, _bandwidth(rows, settings.threads))
                 time.sleep(SETTLED)
-            first = number % len(rows)
-            for row in alive([*rows[first:], *rows[:first]]):
+            going = alive(rows)
+            first = number % max(1, len(going))
+            for row in [*going[first:], *going[:first]]:
                 with leaving(row), turn(row) as process:
                     run = ask_run(process, batch, settings.new_tokens, settings.timeout)
                     if number >= WARMUP:

@@ -232,7 +232,8 @@ def test_rounds_are_interleaved_and_figures_are_those_computed_by_hand(fake, tmp
     first, second, broken, gone = result["peers"]
 
     calls = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [name for name, *_ in calls] == ["first", "second"] * 5  # a start, a warm-up and three rounds
+    turns = ["first", "second"], ["second", "first"]  # a start, a warm-up and three rounds
+    assert [name for name, *_ in calls] == [*turns[0], *turns[0], *turns[1], *turns[0], *turns[1]]
     for (_, mine, threads, _), (_, theirs, _, _) in zip(calls[::2], calls[1::2], strict=True):
         assert mine == theirs
         assert threads == 1

@@ -56,6 +56,23 @@ def test_the_faster_kernels_are_wanted_or_those_asked_for(processor, asked, expe
 
 
 @pytest.mark.parametrize(
+    "processor, asked, expected",
+    [
+        (None, None, "not built"),
+        (0, None, "unfit"),
+        (1, None, "AVX2"),
+        (2, None, "not used"),
+        (3, None, "AVX-512 VNNI"),
+        (3, "avx2", "AVX2"),
+        (3, "onnxruntime", "not used"),
+    ],
+)
+def test_what_becomes_of_them_is_said_in_a_word(processor, asked, expected, on):
+    on(processor, asked)
+    assert kernels.state() == expected
+
+
+@pytest.mark.parametrize(
     "processor, asked", [(None, "own"), (None, "avx2"), (0, "own"), (0, "avx2"), (1, "fastest")]
 )
 def test_what_cannot_be_is_a_usage_error(processor, asked, on):
