@@ -58,7 +58,9 @@ def beam_search(
         if options.repetition_penalty != 1.0:
             chances = _punished(chances, prompts, tokens[:, :, :step], options.repetition_penalty)
         total = (scores[:, :, None] + chances).reshape(count, -1)
-        top = np.argpartition(total, -kept, axis=1)[:, -kept:]
+        # From the largest on: where most must not be chosen, and are all alike, the other way takes ten times
+        # as long.
+        top = np.argpartition(-total, kept - 1, axis=1)[:, :kept]
         top = top[rows, np.argsort(-total[rows, top], axis=1, kind="stable")]
         found, origin, token = total[rows, top], top // vocabulary, top % vocabulary
         texts = tokens[rows, origin]
