@@ -580,34 +580,29 @@ typedef struct {
     uint8_t *panel, *slot[MOST];
 } Own;
 
-static size_t own_size(const Run *run) {
-    return aligned(sizeof(Own)) + run->program->values * (sizeof(float *) + sizeof(Rows8) + sizeof(WholeRows));
-}
+/* Memory behind `base`, one piece after the other; with NULL `at` alone counts. */
+#define TAKE(bytes) (at += aligned(bytes), base ? base + at - aligned(bytes) : NULL)
 
-static Own *own_in(const Run *run, uint8_t *room) {
+/* Lays out an Own behind `base`, and says how many bytes that takes; with NULL it says this alone. */
+static size_t lay_out_own(const Run *run, uint8_t *base) {
     const Program *p = run->program;
-    Own *own = (Own *)room;
-    memset(own, 0, sizeof *own);
-    own->run = *run, room += aligned(sizeof *own);
-    own->run.rows8 = memcpy(room, run->rows8, p->values * sizeof(Rows8)), room += p->values * sizeof(Rows8);
-    own->run.whole_rows = memcpy(room, run->whole_rows, p->values * sizeof(WholeRows));
-    room += p->values * sizeof(WholeRows);
-    own->run.value = memcpy(room, run->value, p->values * sizeof(float *)), room += p->values * sizeof(float *);
-    room = (uint8_t *)aligned((size_t)room);
-    own->panel = room, room += aligned(p->panel);
-    for (int i = 0; i < p->slots && run->by_rows; i++) {
-        if (!p->passing[i]) continue;
-        own->slot[i] = room, room += aligned(BY_ROWS * p->slot_size[i]);
+    const size_t rows8_size = p->values * sizeof(Rows8), whole_rows_size = p->values * sizeof(WholeRows);
+    const size_t value_size = p->values * sizeof(float *);
+    size_t at = 0;
+    Own *own = (Own *)TAKE(sizeof *own);
+    void *const rows8 = TAKE(rows8_size), *const whole_rows = TAKE(whole_rows_size), *const value = TAKE(value_size);
+    uint8_t *const panel = TAKE(p->panel);
+    if (own) {
+        own->run = *run, own->panel = panel;
+        own->run.rows8 = memcpy(rows8, run->rows8, rows8_size);
+        own->run.whole_rows = memcpy(whole_rows, run->whole_rows, whole_rows_size);
+        own->run.value = memcpy(value, run->value, value_size);
     }
-    return own;
-}
-
-static size_t room_size(const Run *run) {
-    const Program *p = run->program;
-    size_t size = aligned(own_size(run)) + aligned(p->panel);
-    for (int i = 0; i < p->slots && run->by_rows; i++)
-        if (p->passing[i]) size += aligned(BY_ROWS * p->slot_size[i]);
-    return size;
+    for (int i = 0; i < p->slots && run->by_rows; i++) {
+        uint8_t *const place = p->passing[i] ? TAKE(BY_ROWS * p->slot_size[i]) : NULL;
+        if (own) own->slot[i] = place;
+    }
+    return at;
 }
 
 /* The next piece of a phase for a thread; -1: all are taken. Every thread has pieces that lie side by side, in whose
@@ -634,7 +629,10 @@ static void work(void *data, size_t task) {
         int helped = 0, piece;
         end = phases_from(run, i);
         while ((piece = next_piece(run, i, (int)task, &helped)) >= 0) {
-            if (!own && run->room) own = own_in(run, run->rooms + run->room * atomic_fetch_add(run->rooms_taken, 1));
+            if (!own && run->room) {
+                own = (Own *)(run->rooms + run->room * atomic_fetch_add(run->rooms_taken, 1));
+                lay_out_own(run, (uint8_t *)own);
+            }
             if (phase->share == ATTEND) {
                 run_attention(run, phase, piece);
             } else if (phase->share == COLUMNS && !run->by_rows) {
@@ -799,7 +797,6 @@ static size_t lay_out(Run *run, uint8_t *base) {
     }
     heads *= rows * run->parts, head_numbers *= rows * run->parts;
     for (int i = 0; i < p->turnings; i++) turned += 2 * rows * p->turning[i].half;
-#define TAKE(bytes) (at += aligned(bytes), base ? base + at - aligned(bytes) : NULL)
     run->rows8 = (Rows8 *)TAKE(sizeof(Rows8) * p->values);
     run->whole_rows = (WholeRows *)TAKE(sizeof(WholeRows) * p->values);
     uint8_t *const keys = TAKE(passing), *const values = TAKE(passing);
@@ -813,8 +810,7 @@ static size_t lay_out(Run *run, uint8_t *base) {
     float *const angles = (float *)TAKE(turned * sizeof(float));
     uint8_t *slot[MOST];
     for (int i = 0; i < p->slots; i++) slot[i] = p->passing[i] && run->by_rows ? NULL : TAKE(rows * p->slot_size[i]);
-    run->rooms = TAKE(run->room * run->offered);
-#undef TAKE
+    run->rooms = TAKE(run->room * run->shares);
     if (base) turn(run, angles), place_values(run, slot, rows, 0);
     return at;
 }
@@ -825,7 +821,7 @@ static Status run_rows(Run *run, void *context) {
     Api api = p->api;
     run->by_rows = run->rows >= (int64_t)LEAST_BY_ROWS * run->offered;
     run->unit = run->rows < 16 ? 4 : 8;
-    run->room = run->by_rows || (run->rows >= PANEL_ROWS && p->panel) ? aligned(room_size(run)) : 0;
+    run->room = run->by_rows || (run->rows >= PANEL_ROWS && p->panel) ? lay_out_own(run, NULL) : 0;
     run->shares = p->per_row * run->rows < ALONE ? 1 : run->offered;
     Arena *arena = take_arena(lay_out(run, NULL));
     if (!arena) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
