@@ -27,7 +27,10 @@ void round_to_codes(const float *x, const float *scales, int step, int width, in
 void turn_eight(const float *x, size_t stride, float *to, size_t step) {
     __m256 a[8], b[8];
     for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(x + i * stride);
-    for (int i = 0; i < 8; i += 2) b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; j++) {
             const __m256d low = _mm256_castps_pd(b[i + j]), high = _mm256_castps_pd(b[i + 2 + j]);
@@ -165,8 +168,10 @@ static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], co
     for (; d < dim; d += 8)
         for (int q = 0; q < n; q++) {
             __m256 t = _mm256_loadu_ps(totals + q * dim + d);
-            for (int j = 0; j < count; j++)
-                t = _mm256_fmadd_ps(_mm256_broadcast_ss(&weights[q][j]), eight_of(values, kind, (size_t)j * dim + d), t);
+            for (int j = 0; j < count; j++) {
+                const __m256 v = eight_of(values, kind, (size_t)j * dim + d);
+                t = _mm256_fmadd_ps(_mm256_broadcast_ss(&weights[q][j]), v, t);
+            }
             _mm256_storeu_ps(totals + q * dim + d, t);
         }
 }

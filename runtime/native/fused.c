@@ -115,7 +115,7 @@ typedef struct {
     /* Scratch memory: the places of values, of their codes by groups, and by whole rows, three a value; -1: none. */
     int *slot, slots;
     size_t *slot_size; /* bytes a row */
-    int *passing;      /* of places: whether rows do not need each other's, from when it is written to when it is read */
+    int *passing;      /* of places: whether rows do not need each other's from when they are written to when read */
     Stage *stage;
     Weights *weights;
     Channels *channels; /* instead of weights with block 0 */
@@ -606,7 +606,7 @@ static size_t lay_out_own(const Run *run, uint8_t *base) {
 }
 
 /* The next piece of a phase for a thread; -1: all are taken. Every thread has pieces that lie side by side, in whose
- * memory one leads to the next, and helps with those of others when it has no more. `helped`: how many others so far. */
+ * memory one leads to the next, and helps with those of others when it has no more. `helped`: how many others yet. */
 static int next_piece(const Run *run, int phase, int thread, int *helped) {
     const int pieces = run->pieces[phase], shares = run->shares;
     for (; *helped < shares; ++*helped) {
@@ -1171,7 +1171,8 @@ static void destroy(void *kernel) {
         if (p->table[i]) leave_table(p->table[i]);
     free(p->table);
     free(p->channels), free(p->rounded_rows);
-    free(p->widths), free(p->outputs), free(p->rounded), free(p->slot), free(p->passing), free(p->slot_size), free(p->stage);
+    free(p->widths), free(p->outputs), free(p->rounded), free(p->stage);
+    free(p->slot), free(p->passing), free(p->slot_size);
     free(p->weights), free(p->packed), free(p->step), free(p->phase), free(p->keeping),
         free(p->turning), free(p);
 }
@@ -1202,7 +1203,8 @@ static int fits(Program *p, const Stage *s, const Stage *before) {
     if (!is_value(p, s->a)) return 0;
     if ((s->b != -1 && !is_value(p, s->b)) || (s->second != -1 && !is_value(p, s->second))) return 0;
     if ((s->a >= p->inputs && !p->rounded[s->a]) || (s->b >= p->inputs && !p->rounded[s->b])) return 0;
-    if (s->second == s->out || (p->rounded[s->out]++ && !column) || (s->second >= 0 && p->rounded[s->second]++)) return 0;
+    if (s->second == s->out || (p->rounded[s->out]++ && !column)) return 0;
+    if (s->second >= 0 && p->rounded[s->second]++) return 0;
     const int in = p->widths[s->a], out = p->widths[s->out];
     if (s->kind == PRODUCT) {
         if (s->place < 0 || s->place >= p->products || s->b != -1 || s->second != -1) return 0;
@@ -1362,7 +1364,8 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     p->weights = calloc(p->products + 1, sizeof *p->weights);
     p->channels = calloc(p->products + 1, sizeof *p->channels);
     p->step = calloc(3 * p->stages + 1, sizeof *p->step), p->phase = calloc(3 * p->stages + 1, sizeof *p->phase);
-    if (!factors || !p->keeping || !p->turning || !epsilons || !p->rounded || !p->slot || !p->passing || !p->slot_size || !p->stage ||
+    if (!factors || !p->keeping || !p->turning || !epsilons || !p->rounded || !p->slot || !p->passing ||
+        !p->slot_size || !p->stage ||
         !p->table || !p->weights || !p->channels || !p->rounded_rows || !p->step || !p->phase) {
         status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
         goto failed;
@@ -1481,11 +1484,13 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         status = CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
         goto failed;
     }
-    free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(ids), free(factors);
+    free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(ids);
+    free(factors);
     *kernel = p;
     return NULL;
 failed:
-    free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(ids), free(factors);
+    free(files.range), free(stages), free(weights), free(epsilons), free(attentions), free(lengths), free(ids);
+    free(factors);
     destroy(p);
     return status;
 }

@@ -230,7 +230,8 @@ static void few_rows(const Weights *w, const Rows8 *x, int row, int rows, size_t
  * and those of activations are moved by 128. What that adds to each 16-bit sum is taken away before: sums may leave
  * 16 bits on the way, but |sum| <= 16 * 8 * 127 in the end. Codes of 8 bits are 16 * (high - 8) + (low - 8) + 136. */
 
-enum { SLOTS = PANEL_COLUMNS / TILE, SLOTS_8 = 4 }; /* tiles that a panel holds; halves of tiles of 8 bits, the high ones first */
+/* Tiles that a panel holds; halves of tiles of 8 bits, the high ones first. */
+enum { SLOTS = PANEL_COLUMNS / TILE, SLOTS_8 = 4 };
 
 typedef struct {
     __m256i *codes;  /* (groups, 8, slots): four codes along k of eight rows */
@@ -420,8 +421,10 @@ void rms_norm(const float *x, const float *skip, const float *gain, float epsilo
     }
     const float factor = 1.0f / sqrtf((add_lanes(squares) + rest) / (float)width + epsilon);
     const __m256 factors = _mm256_set1_ps(factor);
-    for (i = 0; i + 8 <= width; i += 8)
-        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(y + i), factors), _mm256_loadu_ps(gain + i)));
+    for (i = 0; i + 8 <= width; i += 8) {
+        const __m256 v = _mm256_mul_ps(_mm256_loadu_ps(y + i), factors);
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(v, _mm256_loadu_ps(gain + i)));
+    }
     for (; i < width; i++) y[i] = y[i] * factor * gain[i];
 }
 
@@ -480,7 +483,8 @@ static inline __m256 silu_of(__m256 x) {
 }
 
 /* y = what `of` makes of x, eight numbers at a time. */
-static inline __attribute__((always_inline)) void each_eight(const float *x, int width, float *y, __m256 (*of)(__m256)) {
+static inline __attribute__((always_inline)) void each_eight(const float *x, int width, float *y,
+                                                             __m256 (*of)(__m256)) {
     int i = 0;
     for (; i + 8 <= width; i += 8) _mm256_storeu_ps(y + i, of(_mm256_loadu_ps(x + i)));
     if (i == width) return;

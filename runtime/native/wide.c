@@ -1,7 +1,7 @@
-/* Products for processors with AVX-512 VNNI, which multiply unsigned by signed bytes and add four of them to a sum of 32
- * bits in one instruction. Of weights in blocks the codes are the unsigned ones, and activations the signed ones, four
- * of which the instruction itself spreads over all rows of weights; of weights with a scale a column it is the other
- * way round. Eight rows of activations fill the registers. */
+/* Products for processors with AVX-512 VNNI, which multiply unsigned by signed bytes and add four of them to a sum of
+ * 32 bits in one instruction. Of weights in blocks the codes are the unsigned ones, and activations the signed ones,
+ * four of which the instruction itself spreads over all rows of weights; of weights with a scale a column it is the
+ * other way round. Eight rows of activations fill the registers. */
 #include <immintrin.h>
 #include <string.h>
 
@@ -70,7 +70,7 @@ static inline __attribute__((always_inline)) void tile_by_rows(const Weights *w,
             if (bits == 8) sum = _mm512_slli_epi32(sum, 4);
             if (zeros) sum = _mm512_dpwssd_epi32(sum, below, _mm512_set1_epi32(x->sums[group]));
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++)
+            for (int i = 0; i < 8; i++) /* written out, since GCC 12 loads and spreads the activations apart */
                 __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(words[i]), "m"(*(const int32_t *)(a + 4 * i)));
             const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x->scales[group]));
             totals[m] = _mm512_fmadd_ps(scaled, scales, totals[m]);
