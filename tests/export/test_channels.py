@@ -19,11 +19,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=kernels.instructions())
-def rounded(request, monkeypatch):
-    """What the kernels make of activations in each set of instructions that they can use here."""
-    monkeypatch.setenv(kernels.VARIABLE, request.param)
-    return lambda x: in_codes(x, {"avx2": 127, "own": 255}[request.param])
+@pytest.fixture
+def rounded(instructions):
+    """What the kernels make of activations."""
+    return lambda x: in_codes(x, {"avx2": 127, "own": 255}[instructions])
 
 
 def in_codes(x, levels):
