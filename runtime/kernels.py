@@ -19,7 +19,9 @@ from gemini.errors import UsageError
 
 VARIABLE = "GEMINI_KERNELS"  # one of these; unset: whichever are the fastest
 _OWN, _OWN_IN_AVX2, _OTHERS = "own", "avx2", "onnxruntime"
-_RUNS, _AVX_VNNI, _AVX512_VNNI = 1, 2, 3  # what gemini_processor says; 0: the kernels cannot run
+# What gemini_processor says; 0: the kernels cannot run.
+_RUNS, _AVX_VNNI, _AVX512_VNNI, _AVX512_BF16 = 1, 2, 3, 4
+_NAMES = {_AVX512_VNNI: "AVX-512 VNNI", _AVX512_BF16: "AVX-512 VNNI and BF16"}
 
 
 @functools.cache
@@ -46,7 +48,7 @@ def available() -> bool:
 
 def instructions() -> list[str]:
     """What the own kernels can compute with here, the fastest last, as GEMINI_KERNELS names it."""
-    return [] if not available() else [_OWN_IN_AVX2, *([_OWN] if _processor() == _AVX512_VNNI else [])]
+    return [] if not available() else [_OWN_IN_AVX2, *([_OWN] if _processor() in _NAMES else [])]
 
 
 def wanted() -> bool:
@@ -70,16 +72,15 @@ def wanted() -> bool:
 
 
 def state() -> str:
-    """In a word what becomes of the own kernels here: "AVX-512 VNNI" or "AVX2" where they are used, else "not
-    used", "unfit" or "not built"."""
+    """In a word what becomes of the own kernels here: "AVX2", "AVX-512 VNNI" or "AVX-512 VNNI and BF16" where
+    they are used, else "not used", "unfit" or "not built"."""
     if _library() is None:
         return "not built"
     if not available():
         return "unfit"
     if not wanted():
         return "not used"
-    wide = _processor() == _AVX512_VNNI and os.environ.get(VARIABLE) != _OWN_IN_AVX2
-    return "AVX-512 VNNI" if wide else "AVX2"
+    return "AVX2" if os.environ.get(VARIABLE) == _OWN_IN_AVX2 else _NAMES.get(_processor(), "AVX2")
 
 
 def register(options: ort.SessionOptions, threads: int) -> None:

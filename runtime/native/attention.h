@@ -54,6 +54,22 @@ void round_to_codes(const float *x, const float *scales, int step, int width, in
 void attend(const Attention *a, const Heads *heads, const float *const queries[], const int positions[],
             const float *const masks[], int count, int first, int last, const Partial out[]);
 
+/* The same in bfloat16 where nothing is kept, for AVX-512 BF16 (`wide_attention.c`): keys as pairs of their numbers,
+ * (dim / 2, stride, 2), values as pairs of tokens, (stride / 2, dim, 2), stride a multiple of TURNED. Scores, weights'
+ * sums and results are floats. */
+
+/* Whether such an attention can be computed like this. */
+int attends_in_pairs(const Attention *a);
+
+/* Puts keys and values of `count` tokens of one head, `step` apart, there, from token `position` of `end` on. */
+void keep_pairs(const float *keys, const float *values, size_t step, int dim, int count, int position, int end,
+                uint16_t *kept_keys, uint16_t *kept_values, size_t stride);
+
+/* `count` queries, QUERIES at the most, over all `length` keys; mask (NULL: none) is added to their scores. */
+void attend_pairs(const Attention *a, const uint16_t *keys, const uint16_t *values, size_t stride, int length,
+                  const float *queries, size_t query_step, const float *mask, size_t mask_step, int count, float *out,
+                  size_t out_step);
+
 /* One result from `parts` ones over different keys; totals (parts, dim). */
 void combine(const float *largest, const float *sums, const float *totals, int parts, int dim, float *out);
 

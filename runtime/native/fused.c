@@ -127,6 +127,7 @@ typedef struct {
     size_t panel;
     int64_t per_row; /* multiplications */
     int wide;        /* whether products are those of AVX-512 VNNI */
+    int pairs;       /* whether attentions that keep nothing may be those of AVX-512 BF16 */
     int attentions, keeps, lengths[2]; /* keeps: whether attentions do, all of them or none */
     Keeping *keeping;
     int turnings;
@@ -141,6 +142,7 @@ typedef struct {
     int half; /* numbers a row of a table has */
     int64_t capacity;
     int turned;           /* whether a key lies in a column: (batch, heads, dim, capacity) */
+    int paired;           /* whether keys and values lie as pairs of bfloat16 (`keep_pairs`) */
     const float *mask;    /* (batch, heads, queries, keys), each or but the last as one for all; NULL: none */
     int64_t mask_step[3]; /* from one of each to the next; 0: it is the same */
 } Cache;
@@ -193,6 +195,8 @@ static int has_vnni(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 }
+
+static int has_bf16(void) { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 static Arena *take_arena(size_t size) {
     pthread_mutex_lock(&arenas_lock);
@@ -250,7 +254,7 @@ static void store(const Run *run, const Stage *s, int row) {
     for (int which = 0; which < 2; which++) {
         const float *from = x + (a->heads + which * a->kv_heads) * a->dim;
         for (int head = 0; head < a->kv_heads; head++, from += a->dim) {
-            if (cache->turned && which == 0) continue; /* `store_turned` does it for several rows */
+            if (cache->paired || (cache->turned && which == 0)) continue; /* `store_rows` does it for several */
             uint8_t *to = kept_at(cache, which, a, batch, head, position);
             if (cache->kind == FLOATS) memcpy(to, from, sizeof(float) * a->dim);
             else if (cache->kind == HALVES) narrow(from, a->dim, (uint16_t *)to);
@@ -262,14 +266,23 @@ static void store(const Run *run, const Stage *s, int row) {
     }
 }
 
-/* Puts keys of some rows where they lie in columns: of eight rows that follow each other in a batch at once. */
-static void store_turned(const Run *run, const Stage *s, int first, int last) {
+/* Puts keys, and values where they are paired, of some rows where they lie in another order than rows do. */
+static void store_rows(const Run *run, const Stage *s, int first, int last) {
     const Attention *a = &run->program->keeping[s->place].shape;
     const Cache *cache = &run->caches[s->place];
     const size_t width = run->program->widths[s->a];
     for (int row = first, some; row < last; row += some) {
         const int batch = row / run->length, position = row % run->length, left = run->length - position;
         some = last - row < left ? last - row : left;
+        if (cache->paired) {
+            for (int head = 0; head < a->kv_heads; head++) {
+                const float *keys = run->value[s->a] + row * width + (a->heads + head) * a->dim;
+                keep_pairs(keys, keys + a->kv_heads * a->dim, width, a->dim, some, position, run->length,
+                           (uint16_t *)kept_at(cache, 0, a, batch, head, 0),
+                           (uint16_t *)kept_at(cache, 1, a, batch, head, 0), cache->capacity);
+            }
+            continue;
+        }
         some = some >= 8 ? 8 : some;
         for (int head = 0; head < a->kv_heads; head++) {
             const float *from = run->value[s->a] + row * width + (a->heads + head) * a->dim;
@@ -389,6 +402,15 @@ static void run_tokens(const Run *run, const Stage *s, int piece) {
     const float *mask = cache->mask;
     if (mask) mask += (run->first_batch + batch) * cache->mask_step[0] + head * cache->mask_step[1];
     const int end = (block + 1) * QUERIES < run->length ? (block + 1) * QUERIES : run->length;
+    if (cache->paired) {
+        const size_t row = (size_t)batch * run->length + block * QUERIES;
+        attend_pairs(a, kept.keys, kept.values, cache->capacity, run->length,
+                     run->value[s->a] + row * p->widths[s->a] + head * a->dim, p->widths[s->a],
+                     mask ? mask + block * QUERIES * cache->mask_step[2] : NULL, cache->mask_step[2],
+                     end - block * QUERIES, run->value[s->out] + row * p->widths[s->out] + head * a->dim,
+                     p->widths[s->out]);
+        return;
+    }
     float largest[QUERIES][MOST_PARTS], sums[QUERIES][MOST_PARTS], totals[QUERIES][MOST_PARTS * MOST_DIM];
     for (int at = block * QUERIES, count; at < end; at += count) {
         const int each = p->keeps ? keys_a_part(before + at + 1) : run->length;
@@ -517,7 +539,7 @@ static void run_phase(const Run *run, const Phase *phase, int first, int last, v
             for (int j = 0; j < phase->count; j++) run_step(run, &steps[j], row);
         for (int j = 0; j < phase->count; j++) {
             const Stage *s = steps[j].part == STORE ? &run->program->stage[steps[j].stage] : NULL;
-            if (s && run->caches[s->place].turned) store_turned(run, s, first, last);
+            if (s && (run->caches[s->place].turned || run->caches[s->place].paired)) store_rows(run, s, first, last);
         }
         return;
     }
@@ -734,7 +756,9 @@ static Status find_masks(Run *run, void *context) {
     for (int i = 0; i < p->attentions; i++) {
         const Attention *a = &p->keeping[i].shape;
         Cache *cache = &run->caches[i];
-        cache->kind = FLOATS, cache->turned = 1, cache->capacity = (run->length + TURNED - 1) / TURNED * TURNED;
+        cache->paired = p->pairs && attends_in_pairs(a), cache->turned = !cache->paired;
+        cache->kind = cache->paired ? HALVES : FLOATS;
+        cache->capacity = (run->length + TURNED - 1) / TURNED * TURNED;
         if (p->keeping[i].mask < 0) continue;
         int64_t dims[8];
         int type;
@@ -1340,6 +1364,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     Status status;
     if (!p) return CALL(api, CREATE_STATUS, FAIL, "Fused: there is not enough memory");
     p->api = api, p->wide = has_vnni() && atomic_load(&vnni_allowed);
+    p->pairs = p->wide && has_bf16();
     if ((status = read_ints(api, info, "widths", &p->widths, &p->values))) goto failed;
     if ((status = read_ints(api, info, "outputs", &p->outputs, &p->output_count))) goto failed;
     if ((status = read_ints(api, info, "stages", &stages, &stage_ints))) goto failed;
@@ -1541,9 +1566,9 @@ __attribute__((visibility("default"))) Status RegisterCustomOps(void *options, c
 }
 
 /* 0: this processor cannot run the kernels; 1: it can; 2: it can, and has AVX-VNNI alone, which onnxruntime's kernels
- * use and these do not; 3: it can, with AVX-512 VNNI. */
+ * use and these do not; 3: it can, with AVX-512 VNNI; 4: with that and AVX-512 BF16. */
 __attribute__((visibility("default"))) int gemini_processor(void) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
-    return has_vnni() ? 3 : __builtin_cpu_supports("avxvnni") ? 2 : 1;
+    return has_bf16() ? 4 : has_vnni() ? 3 : __builtin_cpu_supports("avxvnni") ? 2 : 1;
 }

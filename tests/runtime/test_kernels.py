@@ -45,6 +45,7 @@ def on(monkeypatch):
         (2, "own", True),
         (3, None, True),  # AVX-512 VNNI
         (3, "avx2", True),
+        (4, None, True),  # with BF16, too
         (1, "onnxruntime", False),
         (None, "onnxruntime", False),
         (1, "", True),
@@ -64,6 +65,8 @@ def test_the_faster_kernels_are_wanted_or_those_asked_for(processor, asked, expe
         (2, None, "not used"),
         (3, None, "AVX-512 VNNI"),
         (3, "avx2", "AVX2"),
+        (4, None, "AVX-512 VNNI and BF16"),
+        (4, "avx2", "AVX2"),
         (3, "onnxruntime", "not used"),
     ],
 )
