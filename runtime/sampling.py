@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gemini.runtime.options import GenerationOptions
 
 Floats = NDArray[np.float32]
+_PART = 64  # tokens
 
 
 def apply_repetition_penalty(logits: Floats, seen: NDArray[np.bool_], penalty: float) -> Floats:
@@ -22,8 +23,11 @@ def apply_repetition_penalty(logits: Floats, seen: NDArray[np.bool_], penalty: f
     CTRL, arXiv:1909.05858, section 4.1, with the sign rule that keeps the penalty a penalty for negative
     logits.
     """
-    punished = np.where(logits < 0, logits * np.float32(penalty), logits / np.float32(penalty))
-    return np.where(seen, punished, logits)
+    places = np.flatnonzero(seen)  # few of a vocabulary
+    punished = logits.flatten()
+    known = punished[places]
+    punished[places] = np.where(known < 0, known * np.float32(penalty), known / np.float32(penalty))
+    return punished.reshape(logits.shape)
 
 
 def apply_temperature(logits: Floats, temperature: float) -> Floats:
@@ -37,8 +41,21 @@ def keep_top_k(logits: Floats, k: int) -> Floats:
     """Keep the ``k`` largest logits of each row, and any that tie with the k-th."""
     if k <= 0 or k >= logits.shape[-1]:
         return logits
-    threshold = np.partition(logits, -k, axis=-1)[:, -k, None]
-    return np.where(logits < threshold, np.float32(-np.inf), logits)
+    thresholds = np.array([[_kth_largest(row, k)] for row in logits])
+    return np.where(logits < thresholds, np.float32(-np.inf), logits)
+
+
+def _kth_largest(row: Floats, k: int) -> np.float32:
+    """The ``k``-th largest of (V,).
+
+    It is no less than that of the largest of each of V / 64 parts, which most of a vocabulary is below.
+    """
+    parts = len(row) // _PART
+    if parts > k:
+        tops = row[: parts * _PART].reshape(parts, _PART).max(axis=1)
+        row = row[row >= np.partition(tops, -k)[-k]]
+    found: np.float32 = np.partition(row, -k)[-k]
+    return found
 
 
 def keep_top_p(logits: Floats, p: float) -> Floats:
@@ -50,16 +67,17 @@ def keep_top_p(logits: Floats, p: float) -> Floats:
     """
     if p >= 1.0:
         return logits
-    probabilities = softmax(logits)
     result = np.full_like(logits, -np.inf)
-    for row, weights in enumerate(probabilities):
-        candidates = np.flatnonzero(weights >= (1.0 - p) / weights.size)
+    for row, own in enumerate(logits):
+        weights = np.exp(own - own.max())
+        total = weights.sum(dtype=np.float64)
+        candidates = np.flatnonzero(weights >= np.float32((1.0 - p) / weights.size * total))
         order = candidates[np.argsort(weights[candidates], kind="stable")]
-        dropped = 1.0 - weights[order].sum()
-        tail = dropped + np.cumsum(weights[order])
+        shares = weights[order] / total
+        tail = 1.0 - shares.sum() + np.cumsum(shares)
         kept = order[tail > 1.0 - p]
         kept = kept if kept.size else order[-1:]
-        result[row, kept] = logits[row, kept]
+        result[row, kept] = own[kept]
     return result
 
 
@@ -80,11 +98,18 @@ def softmax(logits: Floats) -> NDArray[np.float64]:
     return total
 
 
-def draw(weights: NDArray[np.float64], stream: np.random.Generator) -> int:
+def draw(weights: NDArray[np.floating], stream: np.random.Generator) -> int:
     """An index drawn by inverse transform from ``weights`` (V,), which need not add up to 1."""
-    cumulative = np.cumsum(weights)
-    # side="right" skips tokens of probability 0; scaling by the total forgives rounding.
-    return int(np.searchsorted(cumulative, stream.random() * cumulative[-1], side="right"))
+    # First a part, then one of it: adding up all, one after the other, is slow. side="right" skips tokens of
+    # probability 0; scaling by the total forgives rounding, and so does taking the last one that has any.
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), _PART), dtype=np.float64)
+    ends = np.cumsum(sums)
+    place = stream.random() * ends[-1]
+    part = min(int(np.searchsorted(ends, place, side="right")), int(np.flatnonzero(sums)[-1]))
+    own = weights[part * _PART : (part + 1) * _PART]
+    rest = place - (ends[part - 1] if part else 0.0)
+    within = int(np.searchsorted(np.cumsum(own, dtype=np.float64), rest, side="right"))
+    return part * _PART + min(within, int(np.flatnonzero(own)[-1]))
 
 
 def filter_logits(logits: Floats, options: GenerationOptions) -> Floats:
@@ -145,6 +170,8 @@ class Sampler:
 
     def _draw(self, logits: Floats) -> NDArray[np.int64]:
         """Every row consumes one number of its own stream a step."""
-        weights = softmax(filter_logits(logits, self.options))
-        rows = [draw(row, stream) for row, stream in zip(weights, self._streams, strict=True)]
-        return np.array(rows, np.int64)
+        filtered, chosen = filter_logits(logits, self.options), np.empty(len(logits), np.int64)
+        for row, (own, stream) in enumerate(zip(filtered, self._streams, strict=True)):
+            left = np.flatnonzero(own > -np.inf)  # of the whole vocabulary, or of few
+            chosen[row] = left[draw(np.exp(own[left] - own[left].max()), stream)]
+        return chosen

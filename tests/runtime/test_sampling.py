@@ -9,6 +9,7 @@ from gemini.runtime.sampling import (
     Sampler,
     apply_repetition_penalty,
     apply_temperature,
+    draw,
     filter_logits,
     keep_min_p,
     keep_top_k,
@@ -48,6 +49,37 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p, scale):
 def test_top_k_keeps_the_k_largest(k):
     rows = logits(2)
     assert kept(keep_top_k(rows, k)) == [sorted(np.argsort(-row)[:k].tolist()) for row in rows]
+
+
+@pytest.mark.parametrize("k", [1, 40, 77, 78, 79, 4000])
+def test_top_k_of_many_keeps_the_k_largest_and_their_equals(k):
+    rows = np.round(logits(2, vocab=5000), 1)
+    expected = [np.flatnonzero(row >= np.sort(row)[-k]).tolist() for row in rows]
+    assert kept(keep_top_k(rows, k)) == expected
+
+
+class Stream:
+    """Says one number."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def random(self):
+        return self.number
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_draw_is_the_inverse_of_what_weights_add_up_to(size, kind):
+    rng = np.random.default_rng(size)
+    weights = np.where(rng.random(size) < 0.3, 0, rng.random(size)).astype(kind)
+    weights[size // 2 : size // 2 + 130] = 0
+    weights[0] += weights.sum() == 0
+    ends = np.cumsum(weights, dtype=np.float64)
+    for number in (0.0, *rng.random(300), np.nextafter(1.0, 0.0)):
+        found = draw(weights, Stream(number))
+        assert weights[found] > 0
+        assert ends[found] - weights[found] - 1e-9 <= number * ends[-1] <= ends[found] + 1e-9
 
 
 @pytest.mark.parametrize("k", [0, 97, 1000])
