@@ -178,7 +178,7 @@ def recover_pruned(
         with adapted(student, nf4=adapters == "qlora"):
             return _learn(student, teacher, recovery, kind, progress, STATES, pairs=pairs)
     let_weights_learn(student)
-    report = _learn(student, teacher, recovery, kind, progress, STATES, pairs=pairs)
+    report = _learn(student, teacher, recovery, kind, progress, STATES, pairs=pairs, bf16=True)
     student.requires_grad_(False)
     return report
 
@@ -196,6 +196,7 @@ def _learn(
     progress: bool,
     states: float = 0.0,
     pairs: Sequence[int] | None = None,
+    bf16: bool = False,
 ) -> dict[str, Any]:
     """Distill; a run of the same kind, text and models that was cut off goes on, others are forgotten."""
     lessons = recovery.lessons
@@ -204,7 +205,7 @@ def _learn(
     for other in folder.parent.glob("*"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
-    options = Distillation(minutes=lessons.minutes, states=states)
+    options = Distillation(minutes=lessons.minutes, states=states, bf16=bf16)
     found = distill(
         student,
         teacher,

@@ -32,13 +32,13 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        count, total = len(student), student.new_zeros(())
+        count, total = len(student), student.new_zeros((), dtype=torch.float32)
         grad = torch.empty_like(student)
         for found, known, slope in zip(*(t.split(_CHUNK) for t in (student, teacher, grad)), strict=True):
-            log_found, log_known = found.log_softmax(-1), known.log_softmax(-1)
+            log_found, log_known = (t.float().log_softmax(-1) for t in (found, known))
             share = log_known.exp()
             total += torch.dot(share.flatten(), (log_known - log_found).flatten())
-            torch.sub(log_found.exp_(), share, out=slope)
+            slope.copy_(log_found.exp_().sub_(share))
         ctx.save_for_backward(grad.div_(count))
         return total / count
 

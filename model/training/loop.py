@@ -9,9 +9,7 @@ the same number of threads.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import platform
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +31,7 @@ from gemini.model.training.lora import add_lora, merge_lora
 from gemini.model.training.losses import loss_of, make_optimizer
 from gemini.model.training.options import TrainingOptions, load_options
 from gemini.model.training.order import step_seed
+from gemini.model.training.precision import bf16_where_native
 from gemini.model.training.schedule import learning_rate_factor, progress
 from gemini.model.training.start import (
     freeze_tower,
@@ -228,14 +227,6 @@ def _loss(run: Run, task: Task, batch: Batch) -> Tensor:
     embedding = run.model.get_encoder().get_input_embeddings()
     clean, attacked = adversarial_loss(embedding, loss, task.options.adversarial)
     return (clean + attacked) / 2
-
-
-def bf16_where_native() -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast where the CPU multiplies in bf16 (AVX512-BF16, AMX); emulated, it is slower than fp32."""
-    native = platform.machine() in ("x86_64", "AMD64") and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    return torch.autocast("cpu", torch.bfloat16) if native else contextlib.nullcontext()
 
 
 def _validate(run: Run, losses: dict[str, float]) -> None:

@@ -57,6 +57,21 @@ def test_the_student_gets_nearer_and_nothing_else_changes():
     assert all(torch.equal(value, known[name]) for name, value in teacher.state_dict().items())
 
 
+def test_steps_in_bfloat16_lead_where_others_do_and_evaluations_stay_exact(monkeypatch):
+    monkeypatch.setattr(loop, "bf16_where_native", lambda: torch.autocast("cpu", torch.bfloat16))
+    found, held_out = {}, rows(9, seed=1)
+    for bf16 in (False, True):
+        student, teacher = pair()
+        options = dataclasses.replace(OPTIONS, bf16=bf16)
+        report = distill(student, teacher, rows(16), held_out, options, show=False)
+        assert report.after == pytest.approx(plain(student, teacher, held_out), rel=1e-5)
+        assert all(p.dtype == torch.float32 for p in student.parameters())
+        found[bf16] = report
+    assert found[True].before == found[False].before
+    gained = [report.before - report.after for report in found.values()]
+    assert gained[1] == pytest.approx(gained[0], rel=0.05) and gained[1] != gained[0]
+
+
 def test_hidden_states_count_when_asked():
     found = []
     for states in (0.0, 10.0):

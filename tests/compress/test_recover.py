@@ -32,6 +32,19 @@ def slow_divergence(student, teacher):
     return total / len(rows)
 
 
+def test_divergence_of_bfloat16_logits_is_computed_in_floats():
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(5, 70, dtype=torch.bfloat16) for _ in range(2))
+    exact = student.double().requires_grad_()
+    expected = slow_divergence(exact, teacher.double())
+    expected.backward()
+    loss = divergence(student.requires_grad_(), teacher)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+    assert student.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 11), (3, 50, 7)])  # the second: more tokens than are taken at once
 def test_divergence_and_its_gradient_are_those_of_the_definition(shape):
     torch.manual_seed(0)
