@@ -266,7 +266,7 @@ static void store(const Run *run, const Stage *s, int row) {
     }
 }
 
-/* Puts keys, and values where they are paired, of some rows where they lie in another order than rows do. */
+/* Puts keys, and values where they are paired, of some rows where nothing is kept: they lie otherwise than rows do. */
 static void store_rows(const Run *run, const Stage *s, int first, int last) {
     const Attention *a = &run->program->keeping[s->place].shape;
     const Cache *cache = &run->caches[s->place];
@@ -539,7 +539,7 @@ static void run_phase(const Run *run, const Phase *phase, int first, int last, v
             for (int j = 0; j < phase->count; j++) run_step(run, &steps[j], row);
         for (int j = 0; j < phase->count; j++) {
             const Stage *s = steps[j].part == STORE ? &run->program->stage[steps[j].stage] : NULL;
-            if (s && (run->caches[s->place].turned || run->caches[s->place].paired)) store_rows(run, s, first, last);
+            if (s && !run->program->keeps) store_rows(run, s, first, last);
         }
         return;
     }
