@@ -74,19 +74,16 @@ static inline void fetch(const void *from, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) _mm_prefetch((const char *)from + at, _MM_HINT_T1);
 }
 
-/* Keys and values that come next; some of both are asked for between other work, `each` bytes at a time. */
+/* Keys that come next; some are asked for between other work, `each` bytes at a time. */
 typedef struct {
-    const char *keys, *values;
+    const char *keys;
     size_t left, each;
 } Soon;
 
 static inline void fetch_some(Soon *soon) {
     const size_t some = soon->left < soon->each ? soon->left : soon->each;
-    for (size_t at = 0; at < some; at += 64) {
-        _mm_prefetch(soon->keys + at, _MM_HINT_T1);
-        _mm_prefetch(soon->values + at, _MM_HINT_T1);
-    }
-    soon->keys += some, soon->values += some, soon->left -= some;
+    for (size_t at = 0; at < some; at += 64) _mm_prefetch(soon->keys + at, _MM_HINT_T1);
+    soon->keys += some, soon->left -= some;
 }
 
 /* scores[q][j] of n queries, three at the most, and `count` keys; both have `dim` numbers in a row. */
@@ -142,9 +139,11 @@ static inline __attribute__((always_inline)) void score_turned(const float *quer
     }
 }
 
-/* totals[q] += weights[q][j] * values[j] */
+/* totals[q] += weights[q][j] * values[j]. `next`: values that come next, which are asked for meanwhile, so that
+ * memory is read all the time: some of them for every 16 numbers of one. */
 static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], const int n, const void *values,
-                                                      const enum Kept kind, int count, int dim, float *totals) {
+                                                      const enum Kept kind, int count, int dim, float *totals,
+                                                      const char *next) {
     int d = 0;
     for (; d + 16 <= dim; d += 16) {
         __m256 t[4][2];
@@ -153,6 +152,8 @@ static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], co
             t[q][0] = _mm256_loadu_ps(totals + q * dim + d), t[q][1] = _mm256_loadu_ps(totals + q * dim + d + 8);
         for (int j = 0; j < count; j++) {
             const size_t at = (size_t)j * dim + d;
+            _mm_prefetch(next, _MM_HINT_T1);
+            next += 16 * size_of(kind);
             const __m256 v0 = eight_of(values, kind, at), v1 = eight_of(values, kind, at + 8);
 #pragma GCC unroll 4
             for (int q = 0; q < n; q++) {
@@ -190,14 +191,14 @@ static inline __attribute__((always_inline)) void score_all(const float *queries
 
 static inline __attribute__((always_inline)) void mix_all(float weights[QUERIES][KEYS], int queries_count,
                                                           const void *values, const enum Kept kind, int count, int dim,
-                                                          float *totals) {
+                                                          float *totals, const char *next) {
     for (int q = 0; q < queries_count; q += 4) {
         float *const to = totals + q * dim;
         switch (queries_count - q) {
-        case 1: mix(weights + q, 1, values, kind, count, dim, to); break;
-        case 2: mix(weights + q, 2, values, kind, count, dim, to); break;
-        case 3: mix(weights + q, 3, values, kind, count, dim, to); break;
-        default: mix(weights + q, 4, values, kind, count, dim, to);
+        case 1: mix(weights + q, 1, values, kind, count, dim, to, next); break;
+        case 2: mix(weights + q, 2, values, kind, count, dim, to, next); break;
+        case 3: mix(weights + q, 3, values, kind, count, dim, to, next); break;
+        default: mix(weights + q, 4, values, kind, count, dim, to, next);
         }
     }
 }
@@ -235,9 +236,10 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
         const int last_one = at + KEYS >= last, next = last_one ? heads->soon_count : last - at - KEYS;
         const size_t row = size * dim, step = row * KEYS;
         Soon soon = {.keys = last_one ? heads->soon[0] : (const char *)heads->keys + offset + step,
-                     .values = last_one ? heads->soon[1] : (const char *)heads->values + offset + step,
                      .left = row * (next < KEYS ? next : KEYS),
                      .each = 4 * row};
+        const char *const here = (const char *)heads->values + offset;
+        const char *const soon_values = !last_one ? here + step : heads->soon[1] ? heads->soon[1] : here;
         const float *const turned = heads->turned ? (const float *)heads->keys + at : NULL;
         if (turned) soon.left = 0;
         /* What many queries look at becomes floats once, and what few do, as they look at it. */
@@ -294,10 +296,10 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
             }
             sums[q] += add_lanes(sum);
         }
-        kept = (const char *)heads->values + offset;
-        if (kind == HALVES) mix_all(scores, count, kept, HALVES, some, dim, totals);
-        else if (kind == CODES) mix_all(scores, count, kept, CODES, some, dim, totals);
-        else mix_all(scores, count, widen(kept, heads->kind, some * dim, wide), FLOATS, some, dim, totals);
+        kept = here;
+        if (kind == HALVES) mix_all(scores, count, kept, HALVES, some, dim, totals, soon_values);
+        else if (kind == CODES) mix_all(scores, count, kept, CODES, some, dim, totals, soon_values);
+        else mix_all(scores, count, widen(kept, heads->kind, some * dim, wide), FLOATS, some, dim, totals, soon_values);
     }
     for (int q = 0; q < count; q++) {
         *out[q].largest = largest[q];
