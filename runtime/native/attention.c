@@ -140,7 +140,7 @@ static inline __attribute__((always_inline)) void score_turned(const float *quer
 }
 
 /* totals[q] += weights[q][j] * values[j]. `next`: values that come next, which are asked for meanwhile, so that
- * memory is read all the time: some of them for every 16 numbers of one. */
+ * memory is read all the time: some of them for every 16 numbers of one. NULL: none. */
 static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], const int n, const void *values,
                                                       const enum Kept kind, int count, int dim, float *totals,
                                                       const char *next) {
@@ -152,8 +152,7 @@ static inline __attribute__((always_inline)) void mix(float weights[4][KEYS], co
             t[q][0] = _mm256_loadu_ps(totals + q * dim + d), t[q][1] = _mm256_loadu_ps(totals + q * dim + d + 8);
         for (int j = 0; j < count; j++) {
             const size_t at = (size_t)j * dim + d;
-            _mm_prefetch(next, _MM_HINT_T1);
-            next += 16 * size_of(kind);
+            if (next) _mm_prefetch(next, _MM_HINT_T1), next += 16 * size_of(kind);
             const __m256 v0 = eight_of(values, kind, at), v1 = eight_of(values, kind, at + 8);
 #pragma GCC unroll 4
             for (int q = 0; q < n; q++) {
@@ -239,7 +238,7 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
                      .left = row * (next < KEYS ? next : KEYS),
                      .each = 4 * row};
         const char *const here = (const char *)heads->values + offset;
-        const char *const soon_values = !last_one ? here + step : heads->soon[1] ? heads->soon[1] : here;
+        const char *const soon_values = last_one ? heads->soon[1] : here + step;
         const float *const turned = heads->turned ? (const float *)heads->keys + at : NULL;
         if (turned) soon.left = 0;
         /* What many queries look at becomes floats once, and what few do, as they look at it. */
@@ -299,7 +298,7 @@ void attend(const Attention *a, const Heads *heads, const float *const queries[]
         kept = here;
         if (kind == HALVES) mix_all(scores, count, kept, HALVES, some, dim, totals, soon_values);
         else if (kind == CODES) mix_all(scores, count, kept, CODES, some, dim, totals, soon_values);
-        else mix_all(scores, count, widen(kept, heads->kind, some * dim, wide), FLOATS, some, dim, totals, soon_values);
+        else mix_all(scores, count, widen(kept, heads->kind, some * dim, wide), FLOATS, some, dim, totals, NULL);
     }
     for (int q = 0; q < count; q++) {
         *out[q].largest = largest[q];

@@ -16,10 +16,10 @@ typedef struct {
     float scale, softcap;                     /* softcap: 0 none */
 } Attention;
 
-/* What numbers are kept as: float32, float16, or 8-bit codes. */
-enum Kept { FLOATS, HALVES, CODES };
+/* What numbers are kept as: float32, float16, 8-bit codes, or bfloat16 in pairs (`keep_pairs`). */
+enum Kept { FLOATS, HALVES, CODES, PAIRS };
 
-static inline size_t size_of(enum Kept kind) { return kind == FLOATS ? 4 : kind == HALVES ? 2 : 1; }
+static inline size_t size_of(enum Kept kind) { return kind == FLOATS ? 4 : kind == CODES ? 1 : 2; }
 
 /* Keys and values (tokens, dim) of one head; codes are times a scale a channel (step 1) or one scale (step 0). */
 typedef struct {

@@ -142,7 +142,6 @@ typedef struct {
     int half; /* numbers a row of a table has */
     int64_t capacity;
     int turned;           /* whether a key lies in a column: (batch, heads, dim, capacity) */
-    int paired;           /* whether keys and values lie as pairs of bfloat16 (`keep_pairs`) */
     const float *mask;    /* (batch, heads, queries, keys), each or but the last as one for all; NULL: none */
     int64_t mask_step[3]; /* from one of each to the next; 0: it is the same */
 } Cache;
@@ -251,10 +250,11 @@ static void store(const Run *run, const Stage *s, int row) {
         for (int head = 0; head < a->heads + a->kv_heads; head++)
             rotate(x + head * a->dim, c, t, cache->half, a->rotary == 2);
     }
+    if (cache->kind == PAIRS) return; /* `store_rows` puts several rows there, and turned keys */
     for (int which = 0; which < 2; which++) {
         const float *from = x + (a->heads + which * a->kv_heads) * a->dim;
         for (int head = 0; head < a->kv_heads; head++, from += a->dim) {
-            if (cache->paired || (cache->turned && which == 0)) continue; /* `store_rows` does it for several */
+            if (cache->turned && which == 0) continue;
             uint8_t *to = kept_at(cache, which, a, batch, head, position);
             if (cache->kind == FLOATS) memcpy(to, from, sizeof(float) * a->dim);
             else if (cache->kind == HALVES) narrow(from, a->dim, (uint16_t *)to);
@@ -274,7 +274,7 @@ static void store_rows(const Run *run, const Stage *s, int first, int last) {
     for (int row = first, some; row < last; row += some) {
         const int batch = row / run->length, position = row % run->length, left = run->length - position;
         some = last - row < left ? last - row : left;
-        if (cache->paired) {
+        if (cache->kind == PAIRS) {
             for (int head = 0; head < a->kv_heads; head++) {
                 const float *keys = run->value[s->a] + row * width + (a->heads + head) * a->dim;
                 keep_pairs(keys, keys + a->kv_heads * a->dim, width, a->dim, some, position, run->length,
@@ -402,7 +402,7 @@ static void run_tokens(const Run *run, const Stage *s, int piece) {
     const float *mask = cache->mask;
     if (mask) mask += (run->first_batch + batch) * cache->mask_step[0] + head * cache->mask_step[1];
     const int end = (block + 1) * QUERIES < run->length ? (block + 1) * QUERIES : run->length;
-    if (cache->paired) {
+    if (cache->kind == PAIRS) {
         const size_t row = (size_t)batch * run->length + block * QUERIES;
         attend_pairs(a, kept.keys, kept.values, cache->capacity, run->length,
                      run->value[s->a] + row * p->widths[s->a] + head * a->dim, p->widths[s->a],
@@ -756,8 +756,8 @@ static Status find_masks(Run *run, void *context) {
     for (int i = 0; i < p->attentions; i++) {
         const Attention *a = &p->keeping[i].shape;
         Cache *cache = &run->caches[i];
-        cache->paired = p->pairs && attends_in_pairs(a), cache->turned = !cache->paired;
-        cache->kind = cache->paired ? HALVES : FLOATS;
+        cache->kind = p->pairs && attends_in_pairs(a) ? PAIRS : FLOATS;
+        cache->turned = cache->kind == FLOATS;
         cache->capacity = (run->length + TURNED - 1) / TURNED * TURNED;
         if (p->keeping[i].mask < 0) continue;
         int64_t dims[8];
