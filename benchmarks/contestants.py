@@ -125,5 +125,5 @@ def bytes_per_token(bundle: Bundle) -> int:
 
     Exact where the embedding is tied to the head, which reads it whole; an upper bound where it is not.
     """
-    graph = bundle.graph("decoder")
+    graph = bundle.graph(bundle.manifest.graphs["decoder"])
     return external_bytes(graph.read_bytes()) or folder_bytes(graph)

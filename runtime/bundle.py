@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -19,6 +19,7 @@ from gemini.errors import BundleError
 from gemini.runtime.background import Background
 from gemini.runtime.external_data import check_external_data
 from gemini.runtime.fields import damaged
+from gemini.runtime.kernels import graphs_here
 from gemini.runtime.manifest import MAX_MANIFEST_BYTES, parse_manifest, seal
 from gemini.runtime.schema import Manifest
 
@@ -42,6 +43,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    _opens: dict[str, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
 
     def has(self, name: str) -> bool:
         """Whether the manifest lists this file; files beside the list do not exist for the runtime."""
@@ -55,19 +57,23 @@ class Bundle:
 
     @property
     def weight_bytes(self) -> int:
-        """Size on disk of the graphs and their weights."""
-        files = self.manifest.files
-        return sum(files[name].size for name in files if name.endswith((".onnx", ".onnx.data")))
+        """Size on disk of the graphs that a session on the CPU opens here, and of their weights."""
+        graphs = graphs_here(self.manifest).values()
+        opened = {*graphs, *(file for name in graphs for file in self.opened_by(name))}
+        return sum(self.manifest.files[name].size for name in opened)
 
-    def graph(self, key: str, half: bool = False, fused: bool = False) -> Path:
-        """The path of the graph ``key`` ("decoder", "encoder" or "vision"), of that in half precision, or of
-        that for the runtime's own kernels; BundleError if it would open a file that is not listed.
-        """
-        manifest = self.manifest
-        graphs = manifest.fused_graphs if fused else manifest.half_graphs if half else manifest.graphs
-        path = self.file(graphs[key])
-        _check_graph(path, graphs[key], manifest)
+    def graph(self, name: str) -> Path:
+        """The path of a graph by the name of its file; BundleError if it would open a file that is not
+        listed."""
+        path = self.file(name)
+        if name not in self._opens:
+            self._opens[name] = _opened_by(path, name, self.manifest)
         return path
+
+    def opened_by(self, name: str) -> frozenset[str]:
+        """The listed files that a graph takes its weights from."""
+        self.graph(name)
+        return self._opens[name]
 
     def text(self, name: str) -> str:
         """The UTF-8 text of a listed file."""
@@ -93,9 +99,14 @@ def read_bundle(path: str | Path, verify: bool = True) -> Bundle:
     bundle = _read(path, lambda name: verify)
     manifest = bundle.manifest
     _check_runtime(manifest.requires_onnxruntime)
-    for graphs in (manifest.graphs, manifest.half_graphs, manifest.fused_graphs):
+    for graphs in (
+        manifest.graphs,
+        manifest.half_graphs,
+        manifest.fused_graphs,
+        *manifest.packed_graphs.values(),
+    ):
         for name in graphs.values():
-            _check_graph(bundle.file(name), name, manifest)
+            bundle.graph(name)
     return bundle
 
 
@@ -126,15 +137,19 @@ def _read(path: str | Path, hashed: Callable[[str], bool]) -> Bundle:
 
 
 @contextmanager
-def hashed_meanwhile(path: str | Path, verify: bool = True) -> Iterator[Bundle]:
-    """A bundle to load while its weights are hashed in another thread; all other files are hashed before, and
-    graphs are looked into when they are asked for (:meth:`Bundle.graph`).
+def hashed_meanwhile(path: str | Path, verify: bool = True, device: str = "auto") -> Iterator[Bundle]:
+    """A bundle to load while the weights of the graphs that ``device`` may want are hashed in another thread;
+    all files but weights are hashed before.
 
-    To whoever loads them weights are numbers, whatever they are. When the block ends all files are known to
-    be whole: BundleError if one is not, in place of any other error of the block.
+    To whoever loads them weights are numbers, whatever they are. When the block ends all files that may have
+    been opened are known to be whole: BundleError if one is not, in place of any other error of the block.
     """
     bundle = _read(path, lambda name: verify and not name.endswith(_WEIGHTS))
-    weights = [name for name in bundle.manifest.files if verify and name.endswith(_WEIGHTS)]
+    manifest = bundle.manifest
+    wanted = [*graphs_here(manifest).values(), *(() if device == "cpu" else manifest.half_graphs.values())]
+    if device != "cpu" and manifest.half_graphs:
+        wanted += manifest.graphs.values()  # where the GPU refuses those in half precision
+    weights = sorted({file for name in wanted for file in bundle.opened_by(name)} if verify else ())
     with Background(lambda: _check_digests(bundle.path, bundle.manifest, weights)) as hashing:
         try:
             _check_runtime(bundle.manifest.requires_onnxruntime)
@@ -143,9 +158,9 @@ def hashed_meanwhile(path: str | Path, verify: bool = True) -> Iterator[Bundle]:
             hashing.result()
 
 
-def _check_graph(path: Path, name: str, manifest: Manifest) -> None:
+def _opened_by(path: Path, name: str, manifest: Manifest) -> frozenset[str]:
     try:
-        check_external_data(path, name, frozenset(manifest.files))
+        return check_external_data(path, name, frozenset(manifest.files))
     except OSError as error:
         raise damaged(f"{name} cannot be read ({error.strerror})") from error
 

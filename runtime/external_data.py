@@ -62,13 +62,17 @@ def _external_tensors(graph: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
             yield entries
 
 
-def check_external_data(graph: Path, name: str, listed: frozenset[str]) -> None:
-    """Refuse a graph (``name`` relative to the bundle) whose tensors lie in files that are not listed."""
+def check_external_data(graph: Path, name: str, listed: frozenset[str]) -> frozenset[str]:
+    """The files that tensors of a graph lie in (as ``name``, relative to the bundle); BundleError where one
+    is not listed."""
     folder = name.rpartition("/")[0]
+    members = set()
     for location in external_locations(graph.read_bytes()):
         member = f"{folder}/{location}" if folder else location
         if member not in listed:
             raise damaged(f"{name} refers to {location[:80]!r}, which the manifest does not list")
+        members.add(member)
+    return frozenset(members)
 
 
 def _length_delimited(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:

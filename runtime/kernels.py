@@ -12,16 +12,24 @@ import functools
 import os
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-
-import onnxruntime as ort
+from typing import TYPE_CHECKING
 
 from gemini.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnxruntime as ort
+    from numpy.typing import NDArray
+
+    from gemini.runtime.schema import Manifest
 
 VARIABLE = "GEMINI_KERNELS"  # one of these; unset: whichever are the fastest
 _OWN, _OWN_IN_AVX2, _OTHERS = "own", "avx2", "onnxruntime"
 # What gemini_processor says; 0: the kernels cannot run.
 _RUNS, _AVX_VNNI, _AVX512_VNNI, _AVX512_BF16 = 1, 2, 3, 4
 _NAMES = {_AVX512_VNNI: "AVX-512 VNNI", _AVX512_BF16: "AVX-512 VNNI and BF16"}
+# How weights may be packed, and how many of their rows lie side by side then.
+LAYOUTS = {"avx2": 8, "avx512": 16}
 
 
 @functools.cache
@@ -81,6 +89,57 @@ def state() -> str:
     if not wanted():
         return "not used"
     return "AVX2" if os.environ.get(VARIABLE) == _OWN_IN_AVX2 else _NAMES.get(_processor(), "AVX2")
+
+
+def layout() -> str:
+    """The layout of `LAYOUTS` that sessions of this process read; only where `wanted`."""
+    narrow = os.environ.get(VARIABLE) == _OWN_IN_AVX2 or _processor() not in _NAMES
+    return "avx2" if narrow else "avx512"
+
+
+def graphs_here(manifest: Manifest) -> dict[str, str]:
+    """The file of each graph that a session on the CPU opens in this process, by the graph's name: those for
+    the own kernels where they are wanted, of these the ones whose weights are packed for it."""
+    if not (manifest.fused_graphs and wanted()):
+        return dict(manifest.graphs)
+    return {**manifest.graphs, **manifest.fused_graphs, **manifest.packed_graphs.get(layout(), {})}
+
+
+def pack(
+    sizes: tuple[int, int, int, int],
+    tile: int,
+    codes: NDArray[np.generic],
+    scales: NDArray[np.generic],
+    zeros: NDArray[np.generic] | None,
+) -> list[NDArray[np.uint8]]:
+    """Weights as the kernels read them in tiles of so many rows (`LAYOUTS`): the bytes of codes, scales and
+    zero points (`runtime/native/kernels.h`); with a block size of 0 there are codes alone, and the scales and
+    sums of columns are among them (`channels.h`). Only where `available`.
+
+    Args:
+        sizes: features (K), outputs (N), bits and block size of a product of a Fused node.
+        codes, scales, zeros: as MatMulNBits stores them, or DynamicQuantizeMatMul if the block size is 0.
+
+    Raises:
+        UsageError: the kernels know no weights of these sizes.
+        MemoryError: there is not enough memory.
+    """
+    import numpy as np
+
+    found = _library()
+    assert found is not None
+    half = scales.dtype == np.float16
+    counts = (ctypes.c_size_t * 3)()
+    if not found[0].gemini_packed_bytes(*sizes, tile, half, zeros is not None, counts):
+        raise UsageError(f"The kernels have no weights of the sizes {sizes}.", "Export the model again.")
+    room = np.empty(sum(counts) + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    packed = room[start : start + sum(counts)]
+    held = [None if one is None else np.ascontiguousarray(one) for one in (codes, scales, zeros)]
+    places = [None if one is None else ctypes.c_void_p(one.ctypes.data) for one in held]
+    if not found[0].gemini_pack(*sizes, tile, half, *places, ctypes.c_void_p(packed.ctypes.data)):
+        raise MemoryError("weights cannot be packed")
+    return np.split(packed, np.cumsum(counts)[:2])
 
 
 def register(options: ort.SessionOptions, threads: int) -> None:

@@ -48,7 +48,7 @@ def load(
 
     # Weights are hashed while onnxruntime is imported, and graphs are opened while the tokenizer is read and
     # the session's modules are imported: each takes 0.1 to 0.2 s, and the first of each pair needs no Python.
-    with hashed_meanwhile(bundle, verify) as opened:
+    with hashed_meanwhile(bundle, verify, device) as opened:
         from gemini.runtime.hugepages import trim_heap
         from gemini.runtime.session import open_graph
 

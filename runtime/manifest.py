@@ -85,7 +85,11 @@ def parse_manifest(data: bytes) -> Manifest:
     fused = _texts(root.section("fused_graphs")) if "fused_graphs" in root.values else {}
     if not set(fused) <= set(graphs):
         raise damaged("manifest.json names fused graphs of graphs that it does not name")
-    for name in (*graphs.values(), *halves.values(), *fused.values()):
+    packed = _packed_graphs(root)
+    if not all(set(own) <= set(fused) for own in packed.values()):
+        raise damaged("manifest.json names packed graphs of graphs that have no fused one")
+    packed_names = [name for own in packed.values() for name in own.values()]
+    for name in (*graphs.values(), *halves.values(), *fused.values(), *packed_names):
         if name not in files:
             raise damaged(f"the graph {name!r} is not listed in 'files'")
     return Manifest(
@@ -96,6 +100,7 @@ def parse_manifest(data: bytes) -> Manifest:
         graphs=graphs,
         half_graphs=halves,
         fused_graphs=fused,
+        packed_graphs=packed,
         files=files,
         model=_MODELS[family](root.section("model")),
         generation=_generation(root),
@@ -106,6 +111,13 @@ def parse_manifest(data: bytes) -> Manifest:
 
 def _texts(section: Fields) -> dict[str, str]:
     return {name: section.text(name) for name in section.names()}
+
+
+def _packed_graphs(root: Fields) -> dict[str, dict[str, str]]:
+    if not root.has("packed_graphs"):
+        return {}
+    layouts = root.section("packed_graphs")
+    return {layout: _texts(layouts.section(layout)) for layout in layouts.names()}
 
 
 def _parse_json(data: bytes) -> Any:

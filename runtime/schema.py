@@ -135,6 +135,7 @@ class Manifest:
     graphs: Mapping[str, str]
     half_graphs: Mapping[str, str]  # the same in float16 for a GPU; empty where there are none
     fused_graphs: Mapping[str, str]  # those that the runtime's own kernels have a form of
+    packed_graphs: Mapping[str, Mapping[str, str]]  # the same with weights packed for them, by layout
     files: Mapping[str, FileEntry]
     model: DecoderModel | EncoderModel | VisionModel | EncoderDecoderModel
     generation: GenerationInfo

@@ -89,14 +89,15 @@ def open_graph(
     # A step is the same work at every call where the cache is one buffer and nothing else is read.
     model = bundle.manifest.model
     replays = half and isinstance(model, DecoderModel) and model.cache == "shared"
-    fused = not half and key in bundle.manifest.fused_graphs and kernels.wanted()
-    if fused:
+    if not half and key in bundle.manifest.fused_graphs and kernels.wanted():
         kernels.register(options, count)
-    session = _open(bundle.graph(key, half, fused), options, asked, replays)
+    file = bundle.manifest.half_graphs[key] if half else kernels.graphs_here(bundle.manifest)[key]
+    session = _open(bundle.graph(file), options, asked, replays)
     active = active_device(device, asked, session.get_providers())
     if active == "cpu":
         if half:
-            session, replays = _open(bundle.graph(key), options, [(CPU, {})], False), False
+            portable = bundle.graph(bundle.manifest.graphs[key])
+            session, replays = _open(portable, options, [(CPU, {})], False), False
         use_huge_pages_soon()
     return Graph(
         session,

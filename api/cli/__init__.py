@@ -32,6 +32,7 @@ VERBS = (
     "eval",
     "inspect",
     "verify",
+    "prepack",
     "doctor",
     "data",
     "stories",

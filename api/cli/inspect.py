@@ -62,8 +62,11 @@ def _show(manifest: dict[str, Any]) -> None:
         "size": f"{megabytes(sum(sizes.values()))} in {len(sizes)} files",
         "graphs": [
             f"{file} ({megabytes(sizes.get(file, 0))})"
-            for named in ("graphs", "half_graphs", "fused_graphs")
-            for file in manifest.get(named, {}).values()
+            for named in (
+                *(manifest.get(kind, {}) for kind in ("graphs", "half_graphs", "fused_graphs")),
+                *manifest.get("packed_graphs", {}).values(),
+            )
+            for file in named.values()
         ],
         "onnxruntime": f">= {requirements['onnxruntime']}" if "onnxruntime" in requirements else None,
         "digest": manifest["digest"],

@@ -114,15 +114,34 @@ static void group_words(Channels *w, size_t panel, int8_t *room) {
         }
 }
 
+static void lay_out(Channels *w, void *memory) {
+    const size_t panels = panels_of(w);
+    w->packed = memory;
+    w->panel_scales = (float *)(w->packed + panels * panel_codes(w));
+    w->sums = (int32_t *)(w->panel_scales + panels * w->side);
+    if (w->side != CHANNELS) return;
+    w->groups = (uint32_t *)(w->sums + panels * w->side), w->order = w->groups + panels * MOST_TOGETHER;
+}
+
+int use_packed_channels(Channels *w, const void *memory) {
+    lay_out(w, (void *)memory);
+    for (size_t panel = 0; w->order && panel < panels_of(w); panel++) {
+        const uint32_t *const groups = w->groups + panel * MOST_TOGETHER, *const order = w->order + panel * w->words;
+        uint64_t words = 0;
+        for (int size = MOST_TOGETHER; size > 0; size--) words += (uint64_t)size * groups[MOST_TOGETHER - size];
+        if (words != (uint64_t)w->words) return 0;
+        for (int i = 0; i < w->words; i++)
+            if (order[i] > ((uint32_t)w->words - 1) * WORD) return 0;
+    }
+    return 1;
+}
+
 int pack_channels(Channels *w, void *memory) {
     const size_t panels = panels_of(w), side = w->side;
     const int grouped = side == CHANNELS;
     int8_t *const room = grouped ? malloc(panel_codes(w) + w->words * sizeof(Group)) : NULL;
     if (grouped && !room) return 0;
-    w->packed = memory;
-    w->panel_scales = (float *)(w->packed + panels * panel_codes(w));
-    w->sums = (int32_t *)(w->panel_scales + panels * side);
-    if (grouped) w->groups = (uint32_t *)(w->sums + panels * side), w->order = w->groups + panels * MOST_TOGETHER;
+    lay_out(w, memory);
     memset(memory, 0, channel_bytes(w));
     for (size_t panel = 0; panel < panels; panel++) {
         const int first = (int)(panel * side), count = w->n - first < (int)side ? w->n - first : (int)side;

@@ -21,7 +21,7 @@ typedef struct {
     const int8_t *codes;
     const float *scales, *bias; /* (n) */
     int k, n, words, side;      /* side: CHANNELS or WIDE_CHANNELS */
-    int8_t *packed; /* set by `pack_channels`, as what follows */
+    int8_t *packed; /* set by `pack_channels` or `use_packed_channels`, as what follows */
     float *panel_scales;
     int32_t *sums;
     uint32_t *order, *groups; /* NULL where wide */
@@ -32,6 +32,9 @@ size_t channel_bytes(const Channels *w);
 /* Brings weights into the order of the products, in memory of `channel_bytes`, aligned to 32. 0: there is not enough
  * memory to do it. */
 int pack_channels(Channels *w, void *memory);
+
+/* Takes bytes that `pack_channels` made, aligned to 32. 0: their order leads out of a row of activations. */
+int use_packed_channels(Channels *w, const void *memory);
 
 /* Rows of activations: x = scale * (code - zero), the range from the smallest to the largest of a row, and 0 in it.
  * In 7 bits without VNNI, since eight would not leave room for the sums of two products with 8-bit weights. */

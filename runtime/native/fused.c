@@ -1019,45 +1019,55 @@ static void forget(const Files *files, const void *data, size_t size) {
 #endif
 }
 
-/* Weights with one scale a column, 8-bit codes (k, n). */
-static Status read_channels(Api api, const void *info, const int *from, int wide, Channels *w) {
+static const char *const disordered = "Fused: packed weights are not as the kernels pack them";
+
+static int is_aligned(const void *data) { return (uintptr_t)data % 64 == 0; }
+
+/* Weights with one scale a column, 8-bit codes (k, n); packed ones are the bytes that `pack_channels` makes. */
+static Status read_channels(Api api, const void *info, const int *from, int wide, int packed, Channels *w) {
     const int k = from[4], n = from[5];
     if (k < 1 || n < 1 || k > MOST_FEATURES || n > MOST_WIDTH || from[6] != 8 || from[2] >= 0)
         return refuse(api, "Fused: weights of these sizes are not known");
     *w = (Channels){.k = k, .n = n, .words = (k + 3) / 4, .side = wide ? WIDE_CHANNELS : CHANNELS};
+    const size_t count = packed ? channel_bytes(w) : (size_t)k * n;
+    const int type = packed ? TYPE_UINT8 : TYPE_INT8;
     const void *data;
-    Status status = constant(api, info, from[0], (size_t)k * n, TYPE_INT8, TYPE_INT8, &data, NULL);
+    Status status = constant(api, info, from[0], count, type, type, &data, NULL);
     if (status) return status;
-    w->codes = data;
-    if ((status = constant(api, info, from[1], n, TYPE_FLOAT, TYPE_FLOAT, &data, NULL))) return status;
-    w->scales = data;
+    if (packed) {
+        if (!is_aligned(data) || !use_packed_channels(w, data)) return refuse(api, disordered);
+    } else {
+        w->codes = data;
+        if ((status = constant(api, info, from[1], n, TYPE_FLOAT, TYPE_FLOAT, &data, NULL))) return status;
+        w->scales = data;
+    }
     if (from[3] < 0) return NULL;
     if ((status = constant(api, info, from[3], n, TYPE_FLOAT, TYPE_FLOAT, &data, NULL))) return status;
     w->bias = data;
     return NULL;
 }
 
-static Status read_weights(Api api, const void *info, const int *from, int wide, Weights *w) {
+/* Weights in blocks; packed ones lie as the products read them, in three constants. */
+static Status read_weights(Api api, const void *info, const int *from, int wide, int packed, Weights *w) {
     const int k = from[4], n = from[5], bits = from[6], block = from[7];
     if (k < 1 || n < 1 || k > MOST_WIDTH || n > MOST_WIDTH || (bits != 4 && bits != 8) || block < GROUP ||
         block > 1024 || (block & (block - 1)))
         return refuse(api, "Fused: weights of these sizes are not known");
-    *w = (Weights){.k = k, .n = n, .bits = bits, .block = block, .blocks = (k + block - 1) / block};
-    w->groups = (k + GROUP - 1) / GROUP, w->shift = __builtin_ctz(block / GROUP);
-    w->tile = wide ? WIDE_TILE : TILE;
-    const size_t all = (size_t)n * w->blocks, bytes = all * block * bits / 8;
-    const size_t zeros = bits == 8 ? all : (size_t)n * ((w->blocks + 1) / 2);
+    *w = weights_of(k, n, bits, block, wide ? WIDE_TILE : TILE);
+    const size_t all = packed ? tile_blocks(w) : (size_t)n * w->blocks;
+    const size_t bytes = packed ? tile_bytes(w) : (size_t)n * row_bytes(w);
+    const size_t zeros = packed || bits == 8 ? all : (size_t)n * ((w->blocks + 1) / 2);
     int type;
-    const void *data;
-    Status status = constant(api, info, from[0], bytes, TYPE_UINT8, TYPE_UINT8, &data, NULL);
+    const void *codes, *scales, *data = NULL;
+    Status status = constant(api, info, from[0], bytes, TYPE_UINT8, TYPE_UINT8, &codes, NULL);
     if (status) return status;
-    w->codes = data;
-    if ((status = constant(api, info, from[1], all, TYPE_FLOAT, TYPE_FLOAT16, &w->scales, &type))) return status;
+    if ((status = constant(api, info, from[1], all, TYPE_FLOAT, TYPE_FLOAT16, &scales, &type))) return status;
     w->half_scales = type == TYPE_FLOAT16;
-    if (from[2] >= 0) {
-        if ((status = constant(api, info, from[2], zeros, TYPE_UINT8, TYPE_UINT8, &data, NULL))) return status;
-        w->zeros = data;
-    }
+    if (from[2] >= 0 && (status = constant(api, info, from[2], zeros, TYPE_UINT8, TYPE_UINT8, &data, NULL)))
+        return status;
+    if (packed && !is_aligned(codes)) return refuse(api, disordered);
+    if (packed) w->packed = (uint8_t *)codes, w->tile_scales = (uint8_t *)scales, w->tile_zeros = (uint8_t *)data;
+    else w->codes = codes, w->scales = scales, w->zeros = data;
     if (from[3] >= 0) {
         if ((status = constant(api, info, from[3], n, TYPE_FLOAT, TYPE_FLOAT, &data, NULL))) return status;
         w->bias = data;
@@ -1356,8 +1366,8 @@ static int plan(Program *p) {
 static Status create(const CustomOp *op, Api api, const void *info, void **kernel) {
     (void)op;
     Program *p = calloc(1, sizeof *p);
-    int *stages = NULL, *weights = NULL, *attentions = NULL, *lengths = NULL, *ids = NULL;
-    int stage_ints = 0, weight_ints = 0, attention_ints = 0, length_ints = 0, id_ints = 0;
+    int *stages = NULL, *weights = NULL, *attentions = NULL, *lengths = NULL, *ids = NULL, *tiles = NULL;
+    int stage_ints = 0, weight_ints = 0, attention_ints = 0, length_ints = 0, id_ints = 0, tile_ints = 0;
     float *epsilons = NULL, *factors = NULL;
     Files files = {NULL, 0};
     const char *const unfit = "Fused: the node's attributes do not fit together";
@@ -1372,6 +1382,15 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if ((status = read_ints(api, info, "attentions", &attentions, &attention_ints))) goto failed;
     if ((status = read_ints(api, info, "lengths", &lengths, &length_ints))) goto failed;
     if ((status = read_ints(api, info, "ids", &ids, &id_ints))) goto failed;
+    /* Rows of weights side by side in constants that are packed already; without the attribute none is. */
+    if ((status = read_ints(api, info, "tile", &tiles, &tile_ints)))
+        ((void (*)(void *))api[RELEASE_STATUS])(status);
+    const int tile = tile_ints ? tiles[0] : 0;
+    free(tiles);
+    if (tile && tile != (p->wide ? WIDE_TILE : TILE)) {
+        status = refuse(api, "Fused: the weights are packed for other instructions");
+        goto failed;
+    }
     p->ids = id_ints ? ids[0] : -1;
     p->attentions = attention_ints / ATTENTION_INTS;
     size_t factor_count = FACTORS * (size_t)p->attentions;
@@ -1431,7 +1450,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
     if ((p->inputs < 1 && p->ids < 0) || (size_t)p->inputs > node_inputs) goto failed;
     for (int i = 0; i < p->output_count; i++)
         if (p->outputs[i] < p->inputs) goto failed;
-    files = mapped_files();
+    if (!tile) files = mapped_files();
     size_t packed = 0;
     for (int i = 0; i < p->products; i++) {
         ((void (*)(void *))api[RELEASE_STATUS])(status);
@@ -1440,20 +1459,20 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         int looked_up = 0;
         if (from[7] == 0) {
             Channels *c = &p->channels[i];
-            if ((status = read_channels(api, info, from, p->wide, c))) goto failed;
+            if ((status = read_channels(api, info, from, p->wide, tile > 0, c))) goto failed;
             *w = (Weights){.k = c->k, .n = c->n, .bits = 8, .tile = p->wide ? WIDE_TILE : TILE};
-            packed += aligned(channel_bytes(c));
+            if (!tile) packed += aligned(channel_bytes(c));
             p->per_row += (int64_t)w->k * w->n;
             status = refuse(api, unfit);
             continue;
         }
-        if ((status = read_weights(api, info, from, p->wide, w))) goto failed;
+        if ((status = read_weights(api, info, from, p->wide, tile > 0, w))) goto failed;
         for (int j = 0; j < p->stages; j++)
             looked_up |= stages[j * STAGE_INTS] == LOOKUP && stages[j * STAGE_INTS + 5] == i;
-        if ((p->table[i] = share_table(w, looked_up, &files))) {
+        if (!tile && (p->table[i] = share_table(w, looked_up, &files))) {
             const float *bias = w->bias;
             *w = p->table[i]->weights, w->bias = bias;
-        } else {
+        } else if (!tile) {
             packed += aligned(packed_bytes(w));
         }
         const size_t panel = p->wide ? 0 : panel_bytes(w->k);
@@ -1467,7 +1486,7 @@ static Status create(const CustomOp *op, Api api, const void *info, void **kerne
         goto failed;
     }
     packed = 0;
-    for (int i = 0; i < p->products; i++) {
+    for (int i = 0; i < p->products && !tile; i++) {
         if (p->table[i]) continue;
         const Weights *w = &p->weights[i];
         const size_t size = aligned(w->block ? packed_bytes(w) : channel_bytes(&p->channels[i]));
@@ -1518,6 +1537,42 @@ failed:
     free(factors);
     destroy(p);
     return status;
+}
+
+/* ---- packing once and for all ---- */
+
+/* Bytes of the codes, of the scales and of the zero points of packed weights, as gemini_pack writes them one behind the
+ * other; with one scale a column the codes are all there is. 0: of such sizes there are none. */
+__attribute__((visibility("default"))) int gemini_packed_bytes(int k, int n, int bits, int block, int tile, int half,
+                                                               int zeros, size_t bytes[3]) {
+    if (k < 1 || n < 1 || k > MOST_WIDTH || n > MOST_WIDTH || (tile != TILE && tile != WIDE_TILE)) return 0;
+    bytes[1] = bytes[2] = 0;
+    if (!block) {
+        const Channels w = {.k = k, .n = n, .words = (k + 3) / 4, .side = tile == TILE ? CHANNELS : WIDE_CHANNELS};
+        bytes[0] = channel_bytes(&w);
+        return 1;
+    }
+    if ((bits != 4 && bits != 8) || block < GROUP || (block & (block - 1))) return 0;
+    const Weights w = weights_of(k, n, bits, block, tile);
+    bytes[0] = tile_bytes(&w), bytes[1] = tile_blocks(&w) * (half ? 2 : 4), bytes[2] = zeros ? tile_blocks(&w) : 0;
+    return 1;
+}
+
+/* Weights of a graph as these kernels read them in tiles of so many rows, into `memory`, aligned to 64. 0: there is not
+ * enough memory to do it. */
+__attribute__((visibility("default"))) int gemini_pack(int k, int n, int bits, int block, int tile, int half,
+                                                       const void *codes, const void *scales, const void *zeros,
+                                                       void *memory) {
+    if (!block) {
+        Channels w = {.codes = codes, .scales = scales, .k = k, .n = n, .words = (k + 3) / 4};
+        w.side = tile == TILE ? CHANNELS : WIDE_CHANNELS;
+        return pack_channels(&w, memory);
+    }
+    Weights w = weights_of(k, n, bits, block, tile);
+    w.codes = codes, w.scales = scales, w.zeros = zeros, w.half_scales = half;
+    begin_packing(&w, memory);
+    pack_codes(&w, 0, tiles_of(&w));
+    return 1;
 }
 
 /* ---- the operator ---- */

@@ -51,9 +51,19 @@ void quantize_row(const float *x, const Rows8 *to, int row) {
 
 /* ---- weights as the products read them ---- */
 
+Weights weights_of(int k, int n, int bits, int block, int tile) {
+    return (Weights){.k = k,
+                     .n = n,
+                     .bits = bits,
+                     .block = block,
+                     .blocks = (k + block - 1) / block,
+                     .groups = (k + GROUP - 1) / GROUP,
+                     .shift = __builtin_ctz(block / GROUP),
+                     .tile = tile};
+}
+
 size_t packed_bytes(const Weights *w) {
-    const size_t tiles = (w->n + w->tile - 1) / w->tile, scale = w->half_scales ? 2 : 4;
-    return tiles * w->groups * group_bytes(w) + tiles * w->blocks * w->tile * (scale + (w->zeros ? 1 : 0));
+    return tile_bytes(w) + tile_blocks(w) * ((w->half_scales ? 2 : 4) + (w->zeros ? 1 : 0));
 }
 
 /* The words of a group of one row in the order of `packed`. */
@@ -106,11 +116,10 @@ void pack_codes(const Weights *w, size_t first, size_t last) {
 }
 
 void begin_packing(Weights *w, void *memory) {
-    const size_t tiles = (w->n + w->tile - 1) / w->tile, scale = w->half_scales ? 2 : 4;
-    const size_t all = tiles * w->blocks * w->tile;
+    const size_t all = tile_blocks(w), scale = w->half_scales ? 2 : 4;
     const size_t zero_bytes = w->bits == 8 ? (size_t)w->blocks : (size_t)(w->blocks + 1) / 2;
     w->packed = memory;
-    w->tile_scales = w->packed + tiles * w->groups * group_bytes(w);
+    w->tile_scales = w->packed + tile_bytes(w);
     w->tile_zeros = w->zeros ? w->tile_scales + all * scale : NULL;
     memset(w->tile_scales, 0, all * (scale + (w->zeros ? 1 : 0)));
     for (int n = 0; n < w->n; n++)

@@ -24,10 +24,15 @@ typedef struct {
     int k, n, bits, block, blocks, groups, half_scales;
     int shift; /* of a group's number to its block's */
     int tile;  /* TILE or WIDE_TILE */
-    uint8_t *packed, *tile_scales, *tile_zeros; /* set by `begin_packing` */
+    uint8_t *packed, *tile_scales, *tile_zeros; /* set by `begin_packing`, or read from a file */
 } Weights;
 
+Weights weights_of(int k, int n, int bits, int block, int tile);
+
 static inline size_t group_bytes(const Weights *w) { return (size_t)w->tile * GROUP * w->bits / 8; } /* of a tile */
+static inline size_t tiles_of(const Weights *w) { return ((size_t)w->n + w->tile - 1) / w->tile; }
+static inline size_t tile_bytes(const Weights *w) { return tiles_of(w) * w->groups * group_bytes(w); }   /* of `packed` */
+static inline size_t tile_blocks(const Weights *w) { return tiles_of(w) * w->blocks * w->tile; } /* of `tile_scales` */
 
 size_t packed_bytes(const Weights *w);
 

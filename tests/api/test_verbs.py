@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 
 from gemini.cli import main
 from gemini.errors import GateError
+from gemini.pretrained import shipped_bundle
+from gemini.runtime import kernels
 
 
 def result_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -180,6 +183,23 @@ def test_verify_passes_a_sound_bundle_and_names_the_damage_of_another(
     for verb in ("verify", "inspect"):
         assert main([verb, str(tmp_path)]) == 2
         assert "encoder.onnx" in capsys.readouterr().err
+
+
+def test_prepack_adds_to_a_bundle_what_inspect_shows(capsys, tmp_path: Path) -> None:
+    if not kernels.available():
+        pytest.skip("the kernels are not built or do not fit here")
+    folder = str(shutil.copytree(shipped_bundle("gemini-nano"), tmp_path / "nano"))
+    result = result_of(capsys, "prepack", folder, "--layout", "avx2")
+    assert {"decoder.avx2.onnx", "encoder.avx2.onnx"} < set(result["files"])
+    assert result["bytes"] == sum((Path(folder) / name).stat().st_size for name in result["files"])
+    assert main(["inspect", folder]) == 0
+    assert "decoder.avx2.onnx" in capsys.readouterr().out
+    assert result_of(capsys, "verify", folder)["digest"] == result["digest"]
+
+
+def test_prepack_refuses_a_bundle_that_has_nothing_to_pack(toys: dict[str, Path], capsys) -> None:
+    assert main(["prepack", str(toys["shared"])]) == 2
+    assert "pack" in capsys.readouterr().err
 
 
 def test_bench_compares_two_bundles_in_one_run(toys: dict[str, Path], capsys) -> None:

@@ -31,7 +31,7 @@ def refused(path, match):
 def test_an_intact_bundle_is_read(shared_toy):
     bundle = read_bundle(shared_toy.path)
     assert bundle.manifest.task == "text-generation" and bundle.manifest.model.vocab_size == 300
-    assert bundle.graph("decoder") == shared_toy.path / "decoder.onnx"
+    assert bundle.graph(bundle.manifest.graphs["decoder"]) == shared_toy.path / "decoder.onnx"
     assert bundle.json("report.json") == {}
 
 
