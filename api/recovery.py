@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ MINUTES_A_SAMPLING = 8.0  # of the time given: sampling takes about one of them
 MOST_SAMPLINGS, MOST_ROWS = 16, 8192
 HELD_OUT = 16  # rows
 CALIBRATION_ROWS = 256
-STATES = 1.0  # the weight of hidden states beside logits, where whole weights learn
+# Where all weights of what was pruned may learn (benchmarks/LOG.md): the rate, and what weighs beside logits.
+RATE, STATES = 1e-3, 1.0
+LABELS = 0.3  # the text itself, where it is the user's: what the model wrote itself says nothing new
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Lessons:
     held_out: NDArray[np.int64]
     described: dict[str, Any]
     minutes: float
+    given: bool  # whether the text is the user's
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def make_lessons(
         )
     rows, held_out = np.split(np.concatenate(windows), [-HELD_OUT])
     described |= {"tokens": rows.size, "held_out_tokens": held_out.size}
-    return Lessons(rows, held_out, described, max(minutes - (time.perf_counter() - start) / 60, 0.0))
+    left = max(minutes - (time.perf_counter() - start) / 60, 0.0)
+    return Lessons(rows, held_out, described, left, text is not None)
 
 
 def prepare_recovery(
@@ -153,7 +157,8 @@ def recover_quantized(
     kind = {**recipe.to_dict(), "codes": recovery.codes}
     make_learnable(student, recovery.codes)
     with dense_weights(student):  # the head, which stays as it is, is not unpacked at every step
-        report = _learn(student, recovery.teacher or original, recovery, kind, progress)
+        options = Distillation(recovery.lessons.minutes)
+        report = _learn(student, recovery.teacher or original, recovery, kind, options, progress)
     settle(student)
     return report
 
@@ -170,15 +175,19 @@ def recover_pruned(
     """Let a float model that was pruned with ``cuts`` learn, in place; returns what to report.
 
     All of its weights but token embedding and head, or with ``adapters`` "lora" or "qlora" what low-rank
-    adapters add to them. Hidden states count beside logits: they have the teacher's width. ``pairs``: the
+    adapters add to them. Hidden states count beside logits: they have the teacher's width; so does the text
+    itself where it is the user's, as that is what the model is for. ``pairs``: the
     teacher's layer whose states each layer should have, where some were left out.
     """
     kind = {**cuts, "adapters": adapters}
+    lessons = recovery.lessons
+    options = Distillation(lessons.minutes, states=STATES, labels=LABELS if lessons.given else 0.0)
     if adapters:
         with adapted(student, nf4=adapters == "qlora"):
-            return _learn(student, teacher, recovery, kind, progress, STATES, pairs=pairs)
+            return _learn(student, teacher, recovery, kind, options, progress, pairs)
     let_weights_learn(student)
-    report = _learn(student, teacher, recovery, kind, progress, STATES, pairs=pairs, bf16=True)
+    options = replace(options, rate=RATE, bf16=True)
+    report = _learn(student, teacher, recovery, kind, options, progress, pairs)
     student.requires_grad_(False)
     return report
 
@@ -193,10 +202,9 @@ def _learn(
     teacher: nn.Module,
     recovery: Recovery,
     kind: Mapping[str, Any],
+    options: Distillation,
     progress: bool,
-    states: float = 0.0,
     pairs: Sequence[int] | None = None,
-    bf16: bool = False,
 ) -> dict[str, Any]:
     """Distill; a run of the same kind, text and models that was cut off goes on, others are forgotten."""
     lessons = recovery.lessons
@@ -205,7 +213,6 @@ def _learn(
     for other in folder.parent.glob("*"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
-    options = Distillation(minutes=lessons.minutes, states=states, bf16=bf16)
     found = distill(
         student,
         teacher,

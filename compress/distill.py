@@ -2,8 +2,9 @@
 
     report = distill(student, teacher, rows, held_out, Distillation(minutes=30), folder=Path("state"))
 
-No labels: the text may be any, the model's own samples included. Every parameter of the student that requires
-gradients learns; the rest, and the teacher, stay. A run that was cut off goes on from ``folder``.
+Labels are optional: the text may be any, the model's own samples included. Every parameter of the student
+that requires gradients learns; the rest, and the teacher, stay. A run that was cut off goes on from
+``folder``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from gemini.compress.recover import divergence, learning_groups, state_distance
@@ -39,16 +41,19 @@ class Distillation:
     """How long and how fast.
 
     ``rate``: what a step of Adam changes at most, as a share of a tensor's root mean square; ``code_rate``
-    the same of a code, in steps of the code. ``states`` weighs the distance of hidden states beside the
-    divergence of logits. ``patience``: evaluations without a better one after which a run stops. ``steps``
-    ends it before its time. ``bf16``: steps multiply in bfloat16 where the processor does (evaluations do
-    not): more steps in the same time, and some noise, for students that have lost much.
+    the same of a code, in steps of the code. Beside the divergence of logits ``states`` weighs the distance
+    of hidden states, and ``labels`` the cross-entropy of the text (Hinton et al., "Distilling the Knowledge
+    in a Neural Network", arXiv:1503.02531, section 2), which says more than a teacher does where the text is
+    of a kind that is to be learned. ``patience``: evaluations without a better one after which a run stops.
+    ``steps`` ends it before its time. ``bf16``: steps multiply in bfloat16 where the processor does
+    (evaluations do not): more steps in the same time, and some noise, for students that have lost much.
     """
 
     minutes: float
     rate: float = 4e-4
     code_rate: float = 0.005
     states: float = 0.0
+    labels: float = 0.0
     patience: int = 3
     warmup: int = 10
     steps: int = 1_000_000
@@ -59,7 +64,8 @@ class Distillation:
 @dataclass(frozen=True)
 class DistillationReport:
     """``before`` and ``after``: divergence from the teacher on held-out text, nats a token; ``best_step``:
-    the step whose weights stayed, 0 if none was better than before; ``trained``: parameters."""
+    the step whose weights stayed, 0 if none was better than before (by the divergence, and the weighed
+    cross-entropy if labels count); ``trained``: parameters."""
 
     before: float
     after: float
@@ -103,7 +109,7 @@ def distill(
         best = parts.get("best") or {name: tensor.clone() for name, tensor in trained.items()}
         state.restore_optimizer(student, optimizer, parts["optimizer"])
     else:
-        _evaluate(student, teacher, held_out, done)
+        _evaluate(student, teacher, held_out, options.labels, done)
     started = time.monotonic() - done.elapsed
     over = _over(done, options)
     with tqdm(total=100, desc="recover", unit="%", delay=2, leave=False, disable=not show) as bar:
@@ -119,11 +125,13 @@ def distill(
             done.step += 1
             done.elapsed = time.monotonic() - started
             before, over = over, _over(done, options)
-            bar.set_postfix_str(f"step {done.step}, loss {loss:.4f}, held-out {done.best:.4f}")
+            bar.set_postfix_str(
+                f"step {done.step}, loss {loss:.4f}, held-out {done.history[-1]['held_out']:.4f}"
+            )
             bar.update(round(100 * over) - bar.n)
             if int(over * EVALUATIONS) == int(before * EVALUATIONS):
                 continue
-            if _evaluate(student, teacher, held_out, done):
+            if _evaluate(student, teacher, held_out, options.labels, done):
                 for name, tensor in trained.items():
                     best[name].copy_(tensor)
             done.elapsed = time.monotonic() - started
@@ -132,10 +140,10 @@ def distill(
                 parts = {"model": trained, "optimizer": state.optimizer_tensors(student, optimizer)}
                 state.save_state(folder, done, parts | newest)
     state.copy_tensors(trained, best)
-    assert done.best is not None
+    (after,) = [row["held_out"] for row in done.history if row["step"] == done.best_step]
     return DistillationReport(
         before=done.history[0]["held_out"],
-        after=done.best,
+        after=after,
         best_step=done.best_step,
         steps=done.step,
         minutes=round(done.elapsed / 60, 2),
@@ -168,21 +176,33 @@ def _step(
     if states:
         distance = state_distance(found.hidden_states[1:], known.hidden_states[1:], pairs)
         loss = loss + options.states * distance
+    if options.labels:
+        loss = loss + options.labels * _cross_entropy(found.logits, batch["input_ids"])
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return logits_loss.item()
 
 
-def _evaluate(student: nn.Module, teacher: nn.Module, rows: NDArray[np.int64], done: state.Progress) -> bool:
-    """Note the divergence on ``rows`` in the history; whether it is the best so far."""
-    total = 0.0
+def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the tokens that follow, from logits (B, S, V) for ids (B, S)."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def _evaluate(
+    student: nn.Module, teacher: nn.Module, rows: NDArray[np.int64], labels: float, done: state.Progress
+) -> bool:
+    """Note in the history how far the student is on ``rows``; whether it is the best so far."""
+    apart = entropy = 0.0
     with torch.no_grad():
         for batch in torch.from_numpy(rows).split(_BATCH):
-            found, known = (model(batch, use_cache=False).logits for model in (student, teacher))
-            total += divergence(found, known).item() * len(batch)
-    found = total / len(rows)
-    done.history.append({"step": done.step, "seconds": round(done.elapsed, 1), "held_out": found})
+            said, known = (model(batch, use_cache=False).logits for model in (student, teacher))
+            apart += divergence(said, known).item() * len(batch) / len(rows)
+            if labels:
+                entropy += _cross_entropy(said, batch).item() * len(batch) / len(rows)
+    row = {"step": done.step, "seconds": round(done.elapsed, 1), "held_out": apart}
+    done.history.append({**row, "cross_entropy": entropy} if labels else row)
+    found = apart + labels * entropy
     better = done.best is None or found < done.best
     if better:
         done.best, done.best_step, done.stale = found, done.step, 0

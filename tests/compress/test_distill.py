@@ -91,6 +91,24 @@ def test_hidden_states_count_when_asked():
     assert found[1] < 0.9 * found[0]
 
 
+def test_the_text_counts_when_asked():
+    """A row of chance over and over, which the teacher does not expect."""
+    text, known = np.tile(rows(1), (8, 1)), {}
+    for labels in (0.0, 3.0):
+        student, teacher = pair()
+        options = dataclasses.replace(OPTIONS, labels=labels)
+        report = distill(student, teacher, text, text[:4], options, show=False)
+        with torch.no_grad():
+            said = student(torch.from_numpy(text[:1]), use_cache=False).logits[0, :-1].log_softmax(-1)
+        known[labels] = -float(said[range(11), text[0, 1:]].mean())
+        if labels:
+            noted = [row["cross_entropy"] for row in report.history if row["step"] == report.best_step]
+            assert noted == [pytest.approx(known[labels], rel=1e-4)]
+            losses = [row["held_out"] + labels * row["cross_entropy"] for row in report.history]
+            assert min(losses) == losses[[row["step"] for row in report.history].index(report.best_step)]
+    assert known[3.0] < known[0.0] - 0.1
+
+
 def test_the_best_state_stays_and_a_run_that_gets_worse_stops():
     student, teacher = pair()
     for name, parameter in student.named_parameters():
