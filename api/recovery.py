@@ -176,8 +176,8 @@ def recover_pruned(
 
     All of its weights but token embedding and head, or with ``adapters`` "lora" or "qlora" what low-rank
     adapters add to them. Hidden states count beside logits: they have the teacher's width; so does the text
-    itself where it is the user's, as that is what the model is for. ``pairs``: the
-    teacher's layer whose states each layer should have, where some were left out.
+    itself where it is the user's, as that is what the model is for. ``pairs``: the teacher's layer whose
+    states each layer should have, where some were left out.
     """
     kind = {**cuts, "adapters": adapters}
     lessons = recovery.lessons

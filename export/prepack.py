@@ -10,6 +10,7 @@ gets a copy whose weights lie in a file as they are read. Processes that open it
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gemini.export.graph_file import write_graph, write_weights
 from gemini.export.stages import DOMAIN
 from gemini.runtime import kernels
 from gemini.runtime.bundle import MANIFEST_NAME, Bundle, read_bundle
+from gemini.runtime.fields import damaged
 
 _INTS = 8  # of a product: places of codes, scales, zero points and bias; features, outputs, bits, block size
 Product = tuple[Any, ...]  # its codes, scales and zero points; features, outputs, bits, block size
@@ -79,10 +81,11 @@ def packed_model(model: ir.Model, tile: int, progress: bool = False) -> ir.Model
     with tqdm(total=count, desc="pack", unit="product", delay=2, disable=not progress, leave=False) as bar:
         for node in nodes:
             weights, inputs = list(node.attributes["weights"].value), list(node.inputs)
+            if len(weights) % _INTS:
+                raise damaged(f"the node {node.name!r} has a product with a part of its numbers")
             taken: dict[int, ir.Value] = {}  # what stands in the places of inputs now
             for start in range(0, len(weights), _INTS):
-                held = [None if place < 0 else node.inputs[place] for place in weights[start : start + 3]]
-                product = (*held, *weights[start + 4 : start + _INTS])
+                product = (*_held(node, weights[start : start + 3]), *weights[start + 4 : start + _INTS])
                 if product not in known:
                     known[product] = _packed(graph, product, tile, len(known))
                 for offset, value in enumerate(known[product]):
@@ -102,6 +105,17 @@ def packed_model(model: ir.Model, tile: int, progress: bool = False) -> ir.Model
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
     return model
+
+
+def _held(node: ir.Node, places: Sequence[int]) -> list[ir.Value | None]:
+    """The constants in these places of the node's inputs; BundleError where there are none, or no codes and
+    scales."""
+    if max(places) >= len(node.inputs):
+        raise damaged(f"the node {node.name!r} names an input that it has not")
+    held = [None if place < 0 else node.inputs[place] for place in places]
+    if None in held[:2] or any(value is not None and value.const_value is None for value in held):
+        raise damaged(f"the node {node.name!r} has weights that are no constants")
+    return held
 
 
 def _packed(graph: ir.Graph, product: Product, tile: int, number: int) -> Constants:

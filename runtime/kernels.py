@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemini.errors import UsageError
+from gemini.runtime.fields import damaged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +122,7 @@ def pack(
         codes, scales, zeros: as MatMulNBits stores them, or DynamicQuantizeMatMul if the block size is 0.
 
     Raises:
-        UsageError: the kernels know no weights of these sizes.
+        BundleError: the kernels know no weights of these sizes, or the constants have others.
         MemoryError: there is not enough memory.
     """
     import numpy as np
@@ -131,7 +132,13 @@ def pack(
     half = scales.dtype == np.float16
     counts = (ctypes.c_size_t * 3)()
     if not found[0].gemini_packed_bytes(*sizes, tile, half, zeros is not None, counts):
-        raise UsageError(f"The kernels have no weights of the sizes {sizes}.", "Export the model again.")
+        raise damaged(f"the kernels have no weights of the sizes {sizes}")
+    k, n, bits, block = sizes
+    blocks = -(-k // block) if block else 1
+    points = 0 if zeros is None else n * (blocks if bits == 8 else -(-blocks // 2))
+    wanted_bytes = (n * blocks * block * bits // 8 or k * n, n * blocks * (2 if half else 4), points)
+    if wanted_bytes != (codes.nbytes, scales.nbytes, 0 if zeros is None else zeros.nbytes):
+        raise damaged(f"weights of the sizes {sizes} have constants of other sizes")
     room = np.empty(sum(counts) + 64, np.uint8)
     start = -room.ctypes.data % 64
     packed = room[start : start + sum(counts)]

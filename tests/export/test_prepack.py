@@ -132,6 +132,24 @@ def test_an_order_that_leads_out_of_a_row_is_refused(place, monkeypatch):
         session(proto)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: [*v[:5], v[5] + 8, *v[6:]], "other sizes"),
+        (lambda v: [*v[:4], 1 << 30, *v[5:]], "no weights of the sizes"),
+        (lambda v: [99, *v[1:]], "has not"),
+        (lambda v: [-1, *v[1:]], "no constants"),
+        (lambda v: [0, *v[1:]], "no constants"),
+        (lambda v: v[:6], "a part of its numbers"),
+    ],
+)
+def test_a_node_that_lies_about_its_weights_is_refused(change, message):
+    proto, _ = columns()
+    change_attribute(proto, "weights", change)
+    with pytest.raises(BundleError, match=message):
+        packed(proto)
+
+
 # ---- bundles ----
 
 
