@@ -21,12 +21,11 @@ from tqdm import tqdm
 from gemini.errors import BundleError, UsageError
 from gemini.export.bundle import commit, staging, write_manifest
 from gemini.export.graph_file import write_graph, write_weights
-from gemini.export.stages import DOMAIN
+from gemini.export.stages import DOMAIN, WEIGHT_INTS
 from gemini.runtime import kernels
 from gemini.runtime.bundle import MANIFEST_NAME, Bundle, read_bundle
 from gemini.runtime.fields import damaged
 
-_INTS = 8  # of a product: places of codes, scales, zero points and bias; features, outputs, bits, block size
 Product = tuple[Any, ...]  # its codes, scales and zero points; features, outputs, bits, block size
 Constants = list[ir.Value | None]  # codes, scales and zero points; None: there is none, or the old one stays
 
@@ -76,16 +75,19 @@ def packed_model(model: ir.Model, tile: int, progress: bool = False) -> ir.Model
     """The graph, changed in place, with the constants of its products in tiles of so many rows."""
     graph = model.graph
     nodes = [node for node in graph if node.domain == DOMAIN]
-    count = sum(len(node.attributes["weights"].value) // _INTS for node in nodes)
+    count = sum(len(node.attributes["weights"].value) // WEIGHT_INTS for node in nodes)
     known: dict[Product, Constants] = {}
     with tqdm(total=count, desc="pack", unit="product", delay=2, disable=not progress, leave=False) as bar:
         for node in nodes:
             weights, inputs = list(node.attributes["weights"].value), list(node.inputs)
-            if len(weights) % _INTS:
+            if len(weights) % WEIGHT_INTS:
                 raise damaged(f"the node {node.name!r} has a product with a part of its numbers")
             taken: dict[int, ir.Value] = {}  # what stands in the places of inputs now
-            for start in range(0, len(weights), _INTS):
-                product = (*_held(node, weights[start : start + 3]), *weights[start + 4 : start + _INTS])
+            for start in range(0, len(weights), WEIGHT_INTS):
+                product = (
+                    *_held(node, weights[start : start + 3]),
+                    *weights[start + 4 : start + WEIGHT_INTS],
+                )
                 if product not in known:
                     known[product] = _packed(graph, product, tile, len(known))
                 for offset, value in enumerate(known[product]):

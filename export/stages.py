@@ -31,6 +31,8 @@ from gemini.export.fusions.patterns import (
 )
 
 DOMAIN = "gemini"
+# Of a product: places of codes, scales, zero points and bias; features, outputs, bits, block size.
+WEIGHT_INTS = 8
 BLOCKS = (32, 64, 128, 256)  # that the kernels know
 # `enum Kind` of fused.c
 PRODUCT, NORM, CENTRED_NORM, TIMES, PLUS, SILU, GELU, GELU_TANH, RELU, ATTENTION, LOOKUP, GAIN = range(12)
@@ -636,13 +638,13 @@ def _replace(
         reads = [place[value] for value in stage.reads]
         writes = [-1 if value is None else place[value] for value in stage.writes]
         for table, first in stage.tables:
-            entries += [LOOKUP, -1, -1, writes[0], -1, len(weights) // 8, first]
+            entries += [LOOKUP, -1, -1, writes[0], -1, len(weights) // WEIGHT_INTS, first]
             weights += [*held(table), *table.sizes, *table.packing]
         if stage.kind == LOOKUP:
             continue
         extra = [*held(stage), -1, -1][:2]
         if stage.kind == PRODUCT:
-            extra = [len(weights) // 8, stage.column]
+            extra = [len(weights) // WEIGHT_INTS, stage.column]
             weights += [*held(stage), *stage.sizes, *stage.packing]
         elif stage.kind == ATTENTION:
             extra = [attentions.index(stage), -1]

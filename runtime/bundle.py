@@ -146,9 +146,9 @@ def hashed_meanwhile(path: str | Path, verify: bool = True, device: str = "auto"
     """
     bundle = _read(path, lambda name: verify and not name.endswith(_WEIGHTS))
     manifest = bundle.manifest
-    wanted = [*graphs_here(manifest).values(), *(() if device == "cpu" else manifest.half_graphs.values())]
-    if device != "cpu" and manifest.half_graphs:
-        wanted += manifest.graphs.values()  # where the GPU refuses those in half precision
+    wanted = [*graphs_here(manifest).values()]
+    if device != "cpu" and manifest.half_graphs:  # and the portable ones, where the GPU refuses these
+        wanted += [*manifest.half_graphs.values(), *manifest.graphs.values()]
     weights = sorted({file for name in wanted for file in bundle.opened_by(name)} if verify else ())
     with Background(lambda: _check_digests(bundle.path, bundle.manifest, weights)) as hashing:
         try:

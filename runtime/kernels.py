@@ -89,11 +89,11 @@ def state() -> str:
         return "unfit"
     if not wanted():
         return "not used"
-    return "AVX2" if os.environ.get(VARIABLE) == _OWN_IN_AVX2 else _NAMES.get(_processor(), "AVX2")
+    return _NAMES[_processor()] if layout() == "avx512" else "AVX2"
 
 
 def layout() -> str:
-    """The layout of `LAYOUTS` that sessions of this process read; only where `wanted`."""
+    """The layout of `LAYOUTS` that sessions of this process read, if they use the own kernels."""
     narrow = os.environ.get(VARIABLE) == _OWN_IN_AVX2 or _processor() not in _NAMES
     return "avx2" if narrow else "avx512"
 
@@ -154,5 +154,5 @@ def register(options: ort.SessionOptions, threads: int) -> None:
     found = _library()
     assert found is not None
     found[0].gemini_use_threads(threads)
-    found[0].gemini_allow_vnni(os.environ.get(VARIABLE) != _OWN_IN_AVX2)
+    found[0].gemini_allow_vnni(layout() == "avx512")
     options.register_custom_ops_library(str(found[1]))

@@ -87,17 +87,18 @@ def open_graph(
     if half:
         load_libraries()
     # A step is the same work at every call where the cache is one buffer and nothing else is read.
-    model = bundle.manifest.model
+    manifest = bundle.manifest
+    model = manifest.model
     replays = half and isinstance(model, DecoderModel) and model.cache == "shared"
-    if not half and key in bundle.manifest.fused_graphs and kernels.wanted():
+    portable = manifest.graphs[key]
+    file = manifest.half_graphs[key] if half else kernels.graphs_here(manifest)[key]
+    if not half and file != portable:
         kernels.register(options, count)
-    file = bundle.manifest.half_graphs[key] if half else kernels.graphs_here(bundle.manifest)[key]
     session = _open(bundle.graph(file), options, asked, replays)
     active = active_device(device, asked, session.get_providers())
     if active == "cpu":
         if half:
-            portable = bundle.graph(bundle.manifest.graphs[key])
-            session, replays = _open(portable, options, [(CPU, {})], False), False
+            session, replays = _open(bundle.graph(portable), options, [(CPU, {})], False), False
         use_huge_pages_soon()
     return Graph(
         session,
