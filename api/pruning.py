@@ -66,8 +66,8 @@ def prune_checkpoint(
     ``prune.prune_units``; what stays after layers, heads and widths is fitted to the whole model's states too
     (``refit.refit``).
     With ``recover`` a smaller generator learns so many minutes from what it was (`recovery.recover_pruned`),
-    before tokens go. The report, pruning.json in the folder, has the accuracy before and after. RecipeError
-    for what cannot be cut.
+    before tokens go. The report, pruning.json in the folder, has the accuracy before and after, and with
+    ``recover`` that between cutting and learning, "unrecovered". RecipeError for what cannot be cut.
     """
     output = Path(output)
     calibrated = bool(layers or experts or heads or width)
@@ -119,8 +119,10 @@ def prune_checkpoint(
             cuts.append({"type": "units", **to_plain(asdict(thinner.report))})
             if fits:
                 fitted += refit(made.model, checkpoint.model, windows, kept, progress=progress)
-        learned = None
+        learned = unrecovered = None
         if recovery:
+            before.checkpoint = made
+            unrecovered = before.score_torch()
             kind = {"cuts": cuts, "compensate": compensate}
             learned = recover_pruned(made.model, checkpoint.model, recovery, kind, adapters, progress, pairs)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +143,7 @@ def prune_checkpoint(
                 "task": checkpoint.task,
                 "metric": before.metric,
                 "before": {"parameters": parameters(checkpoint), **before.reference},
+                "unrecovered": unrecovered,
                 "after": {"parameters": parameters(made), **after},
                 "cuts": cuts,
                 "refitted": [asdict(each) for each in fitted],
@@ -219,6 +222,7 @@ def summary(report: dict[str, Any]) -> str:
     """The accuracy before and after in a few lines."""
     lines = []
     for key in ("parameters", report["metric"]):
-        pair = (report[part].get(key) for part in ("before", "after"))
-        lines.append(f"{key:<12}" + " -> ".join(f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in pair))
+        found = [(report[part] or {}).get(key) for part in ("before", "unrecovered", "after")]
+        shown = [f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in found if v is not None]
+        lines.append(f"{key:<12}" + " -> ".join(shown))
     return "\n".join(lines)
